@@ -1,0 +1,148 @@
+"""Options of the engine and shapes of a model: frozen, keyword-only, checked when made. It knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillm.errors import ConfigError
+
+__all__ = ["EngineConfig", "ModelConfig", "RopeScaling"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to run a model. None means: chosen from the device and the model when the engine starts."""
+
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto is bfloat16 on a GPU and the measured best on a CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    max_model_len: int | None = None
+    """Most positions of a request, prompt and output together; None takes the model's, less if memory holds less."""
+    max_num_batched_tokens: int | None = None
+    """Hard cap on the tokens of one step: it sets the activation memory."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once (rows of device state)."""
+    block_size: int | None = None
+    """Tokens per KV block: 16, 32, 64 or 128."""
+    enable_prefix_caching: bool = True
+    """Reuse the blocks of a prompt that was computed before."""
+    enable_chunked_prefill: bool = True
+    """Split prompts over steps; False runs a prompt whole or not at all."""
+    min_chunk_size: int = 16
+    """Smallest part of a prompt worth a place in a step, unless it is the last."""
+    max_chunk_size: int | None = None
+    """Largest part of a prompt in one step."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that the engine may use, in (0, 1]; on a CPU, of what is free."""
+    num_kv_blocks: int | None = None
+    """Blocks of the KV cache; None fills the memory that is left."""
+    enforce_eager: bool = False
+    """Launch every kernel by itself rather than replaying CUDA graphs."""
+    overlap: bool = True
+    """Plan the next step while the device runs this one; False waits for each step."""
+    seed: int = 0
+    """Draws the seeds of requests that bring none, and random weights."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_chunk_size", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"block_size must be one of {BLOCK_SIZES}, not {self.block_size!r}")
+        if not isinstance(self.min_chunk_size, int) or self.min_chunk_size < 1:
+            raise ConfigError(f"min_chunk_size must be a positive integer, not {self.min_chunk_size!r}")
+        if self.max_chunk_size is not None and self.max_chunk_size < self.min_chunk_size:
+            raise ConfigError(f"max_chunk_size {self.max_chunk_size} is below min_chunk_size {self.min_chunk_size}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization!r}")
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be an integer from 0 to 2**63-1, not {self.seed!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was trained on."""
+
+    kind: str
+    """linear, llama3 or yarn."""
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes and variations of a decoder of the Llama family."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position: int
+    """Positions the model was made for."""
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """Bias on attention's output projection (Llama with attention_bias)."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (Qwen3)."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_size % 2:
+            raise ConfigError(f"head_size must be even, not {self.head_size}")
+
+    @property
+    def num_layer_params(self) -> int:
+        """Weights of one decoder layer's matrices."""
+        qkv = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        out = self.num_heads * self.head_size * self.hidden_size
+        return qkv + out + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def num_step_params(self) -> int:
+        """Weights that a decode step reads: every layer and the output head (the input embedding is a gather)."""
+        return self.num_layers * self.num_layer_params + self.vocab_size * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """All weights of matrices and embeddings."""
+        return self.num_step_params + (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
+
+    def kv_bytes_per_token(self, dtype_size: int) -> int:
+        """Bytes that one token takes in the cache, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * dtype_size
+
+    @property
+    def attention_equivalence(self) -> float:
+        """Context length at which a token's attention costs as much as its matrices (design's kappa)."""
+        return 2 * self.num_layers * self.num_layer_params / (4 * self.num_layers * self.num_heads * self.head_size)

@@ -1,0 +1,120 @@
+"""The two values that cross between scheduler and runner: StepPlan down, StepResult up.
+
+A plan is columns, not objects, and deltas, not copies: it costs microseconds to build and travels as bytes.
+Neither is changed once made. This module knows nothing of tensors, clocks or policies.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+def ints() -> array[int]:
+    """An empty column."""
+    return array("i")
+
+
+class RowParams(NamedTuple):
+    """Numeric sampling parameters of a row, as the device keeps them."""
+
+    temperature: float
+    top_k: int  # 0: off
+    top_p: float
+    min_p: float
+    seed: int  # 0 .. 2**63 - 1
+
+
+class Seat(NamedTuple):
+    """A row gets a request: the row's whole device state is replaced."""
+
+    row: int
+    request: int
+    blocks: array[int]
+    params: RowParams
+
+
+class Wait(NamedTuple):
+    """Why the head of the queue was not planned: 'budget', 'blocks' or 'rows', and behind whom."""
+
+    request: int
+    reason: str
+    behind: tuple[int, ...]
+
+
+class Work(NamedTuple):
+    """One planned row, for tests and readers."""
+
+    request: int
+    row: int
+    start: int
+    count: int
+    num_logits: int
+    num_samples: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step does. Each column has one entry per planned row unless said otherwise."""
+
+    step: int
+    """Number of the step; a result names the step it answers."""
+    requests: array[int] = field(default_factory=ints)
+    """Request numbers, never reused (rows are): results, log, timeline and replay go by these."""
+    rows: array[int] = field(default_factory=ints)
+    """Seats in device state, 1 to max_num_seqs; row 0 is a dummy."""
+    starts: array[int] = field(default_factory=ints)
+    """Position of the first token computed."""
+    counts: array[int] = field(default_factory=ints)
+    """Tokens computed: a chunk, one decode, or one token plus its drafts. Always > 0."""
+    num_logits: array[int] = field(default_factory=ints)
+    """Trailing positions that need logits."""
+    num_samples: array[int] = field(default_factory=ints)
+    """Trailing positions to sample: 0 inside a prompt, 1 + drafts at its end."""
+    num_tokens: array[int] = field(default_factory=ints)
+    """How many of `tokens` are this row's: `counts`, or 0 if the device has its one token (the row's last sample)."""
+    tokens: array[int] = field(default_factory=ints)
+    """Token ids of all rows, flat, in row order."""
+    freed: array[int] = field(default_factory=ints)
+    """Rows whose request is gone. Changes of device state apply in this order, before the pass: freed, seats, blocks, copies."""
+    seats: tuple[Seat, ...] = ()
+    """Rows that get a request."""
+    blocks: array[int] = field(default_factory=ints)
+    """Flat (row, index, block) triples: block-table entries appended or replaced."""
+    copies: array[int] = field(default_factory=ints)
+    """Flat (from block, to block) pairs: KV blocks copied in every layer."""
+    waits: tuple[Wait, ...] = ()
+    """Why the head of the queue was not planned."""
+
+    @property
+    def num_batched_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(self.counts)
+
+    def works(self) -> Iterator[Work]:
+        """The plan row by row."""
+        at = 0
+        for i, request in enumerate(self.requests):
+            tokens = tuple(self.tokens[at : at + self.num_tokens[i]])
+            at += self.num_tokens[i]
+            yield Work(
+                request, self.rows[i], self.starts[i], self.counts[i], self.num_logits[i], self.num_samples[i], tokens
+            )
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step gave, in the order of the plan's rows."""
+
+    step: int
+    counts: array[int]
+    """Tokens gained per planned row: 0 inside a prompt, 1, or 1 + accepted drafts."""
+    tokens: array[int]
+    """The gained tokens, flat, in row order."""
+    failed: array[int] = field(default_factory=ints)
+    """Indices of planned rows whose logits were not finite."""
+    seconds: float = 0.0
+    """Time of the step on the device."""

@@ -1,0 +1,30 @@
+"""Kernels behind one seam: a *kernel set* is a module with the functions below, taking tensors and never a batch.
+
+    reference  plain torch, float64-able: the oracle, never tuned
+    cpu        torch on a CPU, tuned; no compiler needed
+    gpu        Triton (attention, decode_attention, fused, sampling, step_inputs behind it)
+
+A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
+`gpu` is the only module that imports triton, and only when a GPU (or Triton's interpreter) is used.
+
+Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
+R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,
+O output features, E entries of a rotary table = positions.
+
+    linear(x_TD, weight_OD, bias_O | None) -> y_TO
+    rms_norm(x_TD, weight_D, eps) -> y_TD
+    add_rms_norm(x_TD, residual_TD, weight_D, eps) -> y_TD        residual += x in place, y = rms_norm(residual)
+    rotary_and_store(qkv_TC, *, cos_sin_EH, positions_T, slots_T, kv_2BKPH, q_norm_H, k_norm_H, eps,
+                     num_heads, num_kv_heads) -> q_TNH
+        per-head RMSNorm of q and k where q_norm_H is given (Qwen3), rotate both (halves, the Hugging Face layout),
+        write k and v to `kv_2BKPH` at `slots_T`. cos_sin_EH is fp32: H/2 cosines, then H/2 sines.
+    silu_mul(x_T2F) -> y_TF                                        silu(first half) * second half
+    attention(q_TNH, *, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1, context_lens_R, scale, num_decodes,
+              max_query_len, max_context_len, block_tokens=None, one_launch=False) -> o_TNH
+        causal, bottom-right aligned: query i of a row with n queries and context c sees keys 0 .. c - n + i.
+        `kv_2BKPH` is one layer of the cache: [keys or values, block, kv head, slot, head size].
+    sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
+        -> tokens_L (int32), is_finite_L (bool)
+        greedy where temperature is 0; else Gumbel-max with noise keyed by (seed, position, token id).
+        `is_random`: some row samples. `is_filtered`: some row has top_k, top_p or min_p. Both known on the host.
+"""

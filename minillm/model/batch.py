@@ -1,0 +1,43 @@
+"""ForwardBatch: everything that a forward pass reads, as tensors. It knows no requests, plans or policies.
+
+Shapes: T tokens of this step, R rows of this step, L positions that need logits, S seats in device state,
+M blocks a seat can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class ForwardBatch:
+    """A step's inputs. Rows with one query token come first (`num_decodes` of them), each owning one token.
+
+        tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks, drafts)
+        rows    | 0 1 2 |       3       |    4    |      query_starts: 0 1 2 3 10 14
+    """
+
+    input_ids_T: Tensor
+    """int32: token ids."""
+    positions_T: Tensor
+    """int32: position of each token in its request."""
+    slots_T: Tensor
+    """int64: block * block_size + offset, where each token's key and value go."""
+    query_starts_R1: Tensor
+    """int32 [R + 1]: first token of each row."""
+    context_lens_R: Tensor
+    """int32: tokens in the cache after this step, this step's own included."""
+    rows_R: Tensor
+    """int32: seat of each row, an index into `block_tables_SM`."""
+    block_tables_SM: Tensor
+    """int32: resident block tables of all seats (never a gathered copy)."""
+    logit_rows_L: Tensor
+    """int64: indices of tokens whose logits are wanted."""
+    num_decodes: int
+    """Rows, all in front, with exactly one query token."""
+    max_query_len: int
+    """Upper bound of query tokens per row, known on the host."""
+    max_context_len: int
+    """Upper bound of `context_lens_R`, known on the host."""

@@ -1,0 +1,146 @@
+"""Values that users see: sampling parameters in, outputs and timings out. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minillm.errors import RequestError
+
+__all__ = ["CompletionOutput", "FinishReason", "RequestOutput", "SamplingParams", "Timings"]
+
+MAX_SEED = 2**63 - 1
+MAX_STOP_STRINGS = 64
+
+
+class FinishReason(str, Enum):
+    """Why a request ended. Each request ends exactly once."""
+
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's or cache's last position
+    ABORT = "abort"  # the caller withdrew it
+    REJECTED = "rejected"  # refused after it was accepted into the queue
+    ERROR = "error"  # this request's own computation failed (logits not finite)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to choose tokens, under vLLM's names. Filters apply in the order temperature, top_k, top_p, min_p."""
+
+    max_tokens: int = 256
+    """Most tokens to generate, at least 1."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Keep the k most likely tokens and their ties; 0 or -1 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one, in [0, 1]."""
+    seed: int | None = None
+    """Noise of this request, 0 to 2**63-1; None draws one. The same seed gives the same tokens, whatever runs beside it."""
+    stop: tuple[str, ...] | list[str] | str = ()
+    """End when one of these strings appears; it is not part of the text."""
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    """End when one of these tokens is sampled, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """Do not end at the model's end tokens (for benchmarks)."""
+
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_int("top_k", self.top_k, -1, 2**31 - 1)
+        check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            check_int("seed", self.seed, 0, MAX_SEED)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
+        if len(stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+        if not isinstance(self.stop_token_ids, (list, tuple)):
+            raise RequestError(f"stop_token_ids must be a list of integers, not {self.stop_token_ids!r}")
+        for token in self.stop_token_ids:
+            check_int("stop_token_ids", token, 0, 2**31 - 1)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise RequestError unless `value` is an integer (not a bool) in [low, high]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+
+
+def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
+    """Raise RequestError unless `value` is a finite number in [low, high], or in (low, high] if `low_open`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
+        raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Timings:
+    """Where a request's time went; seconds on one monotonic clock, counts of tokens and steps."""
+
+    arrival: float = 0.0
+    first_planned: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    """When each output token reached the host."""
+    finished: float | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache when the request was first admitted."""
+    num_chunks: int = 0
+    """Steps that computed a part of the prompt."""
+    num_preemptions: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds."""
+        return self.token_times[0] - self.arrival if self.token_times else None
+
+    @property
+    def itl(self) -> list[float]:
+        """Every gap between tokens, seconds."""
+        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def e2el(self) -> float | None:
+        """End-to-end latency, seconds."""
+        return None if self.finished is None else self.finished - self.arrival
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Output tokens over end-to-end latency."""
+        return len(self.token_times) / self.e2el if self.e2el else None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One completion of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """What a request produced: the first completion's fields, and all `completions`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    timings: Timings
+    completions: list[CompletionOutput]
