@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from minillm.errors import ConfigError
 
-__all__ = ["EngineConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["Configs", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -146,3 +148,129 @@ class ModelConfig:
     def attention_equivalence(self) -> float:
         """Context length at which a token's attention costs as much as its matrices (design's kappa)."""
         return 2 * self.num_layers * self.num_layer_params / (4 * self.num_layers * self.num_heads * self.head_size)
+
+
+def llama3_rope(factor: float) -> RopeScaling:
+    """The stretch of Llama 3.1 and later."""
+    return RopeScaling(kind="llama3", factor=factor, original_max_position=8192)
+
+
+class Configs:
+    """Shapes of known models, from their published config.json, and of tiny ones for tests. `random:NAME` uses them."""
+
+    SMOLLM2_135M = ModelConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_size=64,
+        max_position=8192,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    )
+    QWEN2_5_0_5B = ModelConfig(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_size=64,
+        max_position=32768,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=True,
+        attention_bias=True,
+    )
+    QWEN3_0_6B = ModelConfig(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_size=128,
+        max_position=40960,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=True,
+        qk_norm=True,
+    )
+    QWEN3_1_7B = replace(QWEN3_0_6B, hidden_size=2048, intermediate_size=6144)
+    QWEN3_8B = replace(
+        QWEN3_0_6B,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_layers=36,
+        num_heads=32,
+        tie_word_embeddings=False,
+    )
+    LLAMA_3_1_8B = ModelConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        max_position=131072,
+        rope_theta=500_000.0,
+        rope_scaling=llama3_rope(8.0),
+    )
+    LLAMA_3_2_1B = replace(
+        LLAMA_3_1_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        head_size=64,
+        rope_scaling=llama3_rope(32.0),
+        tie_word_embeddings=True,
+    )
+    MISTRAL_7B = replace(
+        LLAMA_3_1_8B, vocab_size=32768, max_position=32768, rope_theta=1_000_000.0, rope_scaling=None
+    )
+    TINY_LLAMA = ModelConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=16,
+        max_position=2048,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_position=256),
+        tie_word_embeddings=True,
+    )
+    TINY_QWEN2 = replace(TINY_LLAMA, num_layers=3, rope_scaling=None, attention_bias=True)
+    TINY_QWEN3 = replace(TINY_LLAMA, head_size=32, rope_scaling=None, qk_norm=True, tie_word_embeddings=False)
+    TINY_MISTRAL = replace(TINY_LLAMA, num_heads=8, num_kv_heads=1, rope_scaling=None, tie_word_embeddings=False)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names that `find` knows, as in `random:NAME`."""
+        return tuple(BY_NAME)
+
+    @classmethod
+    def find(cls, name: str) -> ModelConfig | None:
+        """The shape of that name, or None."""
+        return BY_NAME.get(name.lower())
+
+
+BY_NAME: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        "smollm2-135m": Configs.SMOLLM2_135M,
+        "qwen2.5-0.5b": Configs.QWEN2_5_0_5B,
+        "qwen3-0.6b": Configs.QWEN3_0_6B,
+        "qwen3-1.7b": Configs.QWEN3_1_7B,
+        "qwen3-8b": Configs.QWEN3_8B,
+        "llama-3.2-1b": Configs.LLAMA_3_2_1B,
+        "llama-3.1-8b": Configs.LLAMA_3_1_8B,
+        "mistral-7b": Configs.MISTRAL_7B,
+        "tiny-llama": Configs.TINY_LLAMA,
+        "tiny-qwen2": Configs.TINY_QWEN2,
+        "tiny-qwen3": Configs.TINY_QWEN3,
+        "tiny-mistral": Configs.TINY_MISTRAL,
+    }
+)

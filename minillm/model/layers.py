@@ -1,0 +1,133 @@
+"""Attention, feed-forward and decoder layer of the Llama family. They call the kernel set and pass state explicitly.
+
+Shapes: T tokens, D hidden size, C = (N + 2K) * H fused q, k, v, N query heads, K key/value heads, H head size,
+F intermediate size, B blocks, P block size, E positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig
+from minillm.model.batch import ForwardBatch
+from minillm.model.parallel import Build, Linear, Target, Vector
+from minillm.model.stored import Shard
+
+__all__ = ["Attention", "DecoderLayer", "FeedForward"]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache, with rotary positions and optional norms on each head."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        self.ops, self.eps, self.scale = build.ops, config.rms_norm_eps, config.head_size**-0.5
+        heads = build.tp.shard(config.num_heads, "num_heads")
+        kv_heads = build.tp.head_shard(config.num_kv_heads)
+        self.num_heads, self.num_kv_heads = heads.count, kv_heads.count
+        q_rows, kv_rows = (Shard(*(n * config.head_size for n in shard)) for shard in (heads, kv_heads))
+        self.qkv = Linear(
+            build,
+            Shard.whole(config.hidden_size),
+            {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
+            bias=config.attention_bias,
+        )
+        self.out = Linear(build, q_rows, {"o_proj": Shard.whole(config.hidden_size)}, bias=config.output_bias)
+        self.q_norm = Vector(build, config.head_size) if config.qk_norm else None
+        self.k_norm = Vector(build, config.head_size) if config.qk_norm else None
+
+    def forward(self, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
+        """x_TD -> y_TD; the tokens' keys and values are written to `kv_2BKPH` first."""
+        q_TNH = self.ops.rotary_and_store(
+            self.qkv(x_TD),
+            cos_sin_EH=cos_sin_EH,
+            positions_T=batch.positions_T,
+            slots_T=batch.slots_T,
+            kv_2BKPH=kv_2BKPH,
+            q_norm_H=None if self.q_norm is None else self.q_norm.weight,
+            k_norm_H=None if self.k_norm is None else self.k_norm.weight,
+            eps=self.eps,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+        )
+        o_TNH = self.ops.attention(
+            q_TNH,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=batch.block_tables_SM,
+            rows_R=batch.rows_R,
+            query_starts_R1=batch.query_starts_R1,
+            context_lens_R=batch.context_lens_R,
+            scale=self.scale,
+            num_decodes=batch.num_decodes,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
+        )
+        y_TD: Tensor = self.out(o_TNH.flatten(1))
+        return y_TD
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """(name in a checkpoint, target)."""
+        yield from self.qkv.targets(prefix)
+        yield from self.out.targets(prefix)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.targets(f"{prefix}q_norm")
+            yield from self.k_norm.targets(f"{prefix}k_norm")
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        self.ops = build.ops
+        inner = build.tp.shard(config.intermediate_size, "intermediate_size")
+        whole = Shard.whole(config.hidden_size)
+        self.gate_up = Linear(build, whole, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias)
+        self.down = Linear(build, inner, {"down_proj": whole}, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD -> y_TD."""
+        y_TD: Tensor = self.down(self.ops.silu_mul(self.gate_up(x_TD)))
+        return y_TD
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """(name in a checkpoint, target)."""
+        yield from self.gate_up.targets(prefix)
+        yield from self.down.targets(prefix)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on the normed sum of all that came before."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        self.ops, self.eps = build.ops, config.rms_norm_eps
+        self.input_norm = Vector(build, config.hidden_size)
+        self.attention = Attention(config, build)
+        self.post_norm = Vector(build, config.hidden_size)
+        self.feed_forward = FeedForward(config, build)
+
+    def forward(
+        self, x_TD: Tensor | None, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor
+    ) -> Tensor:
+        """Output that is still to be added to `residual_TD`, which is updated in place.
+
+        `x_TD` is what the layer before gave to be added; None in the first layer.
+        """
+        if x_TD is None:
+            x_TD = self.ops.rms_norm(residual_TD, self.input_norm.weight, self.eps)
+        else:
+            x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm.weight, self.eps)
+        x_TD = self.attention(x_TD, batch, kv_2BKPH, cos_sin_EH)
+        x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_norm.weight, self.eps)
+        y_TD: Tensor = self.feed_forward(x_TD)
+        return y_TD
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """(name in a checkpoint, target)."""
+        yield from self.input_norm.targets(f"{prefix}input_layernorm")
+        yield from self.attention.targets(f"{prefix}self_attn.")
+        yield from self.post_norm.targets(f"{prefix}post_attention_layernorm")
+        yield from self.feed_forward.targets(f"{prefix}mlp.")

@@ -1,0 +1,90 @@
+"""Transformer: one decoder for Llama, Qwen2, Qwen3 and Mistral, whose differences are fields of ModelConfig.
+
+`model(batch, kv_cache)` is all it does: no state, no phases, no gradients. It knows neither requests nor files.
+
+Shapes: T tokens, L rows of logits, D hidden size, V vocabulary, E positions, H head size.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig
+from minillm.model.batch import ForwardBatch
+from minillm.model.layers import DecoderLayer
+from minillm.model.parallel import Build, Embedding, Linear, Target, TPGroup, Vector, VocabHead
+from minillm.model.rotary import rotary_table
+
+__all__ = ["Transformer"]
+
+
+class Transformer(nn.Module):
+    """A decoder with uninitialised weights: load them, then call `finish_loading` (`load_weights` does both)."""
+
+    cos_sin_EH: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        ops: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tp: TPGroup | None = None,
+        max_positions: int | None = None,
+    ) -> None:
+        """`ops`: a kernel set. `max_positions`: length of the rotary table; None takes the model's own limit."""
+        super().__init__()
+        build = Build(ops=ops, dtype=dtype, device=torch.device(device), tp=tp or TPGroup())
+        self.config, self.ops, self.tp = config, ops, build.tp
+        self.embedding = Embedding(build, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, build) for _ in range(config.num_layers))
+        self.norm = Vector(build, config.hidden_size)
+        self.head = VocabHead(build, self.embedding, is_tied=config.tie_word_embeddings)
+        num_positions = config.max_position if max_positions is None else max_positions
+        self.register_buffer("cos_sin_EH", rotary_table(config, num_positions, build.device), persistent=False)
+        self.num_weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Logits [L, V] in the model's dtype, of the tokens `batch.logit_rows_L`; writes the tokens' keys and values.
+
+        `kv_cache` is [layers, 2, blocks, kv heads, block size, head size].
+        """
+        hidden_LD = self.hidden(batch, kv_cache)
+        if hidden_LD.shape[0] == 0:
+            return hidden_LD.new_empty(0, self.config.vocab_size)
+        logits_LV: Tensor = self.head(hidden_LD)
+        return logits_LV
+
+    def hidden(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Final normed hidden states [L, D] of the tokens `batch.logit_rows_L`: the head's input."""
+        residual_TD = self.embedding(batch.input_ids_T)
+        x_TD = None
+        for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
+            x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
+        assert x_TD is not None
+        x_LD, residual_LD = x_TD[batch.logit_rows_L], residual_TD[batch.logit_rows_L]
+        if x_LD.shape[0] == 0:
+            return x_LD
+        hidden_LD: Tensor = self.ops.add_rms_norm(x_LD, residual_LD, self.norm.weight, self.config.rms_norm_eps)
+        return hidden_LD
+
+    def targets(self) -> dict[str, Target]:
+        """Every tensor that a checkpoint must hold, by its Hugging Face name."""
+        found = dict(self.embedding.targets("model.embed_tokens"))
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            found.update(layer.targets(f"model.layers.{index}."))
+        found.update(self.norm.targets("model.norm"))
+        if not self.config.tie_word_embeddings:
+            found.update(self.head.table.targets("lm_head"))
+        return found
+
+    def finish_loading(self) -> None:
+        """After the last weight: let the kernel set lay weights out anew, if it offers `pack_linear`."""
+        for module in self.modules():
+            if isinstance(module, (Linear, VocabHead)):
+                module.finish_loading()
