@@ -1,0 +1,242 @@
+"""Flash Attention 2 (Dao 2023, algorithm 1) over the paged cache, for any mix of query and key lengths in one launch.
+
+It knows no requests and no prefill: a row is some queries at the end of some keys. A program owns one tile of a row's
+queries and one key head; the query heads of that group are packed into the tile, so that each key is read once:
+
+    tile row      0 1 2 3 4 5 6 ..                grid slots of the rows, tile_queries = 4, counts 3 and 6:
+    query         0 0 0 1 1 1 2 ..  (group 3)     row 0: slots 0 .. 0     row 1: slots 3 // 4 + 1 .. 9 // 4 + 2 - 1
+    query head    0 1 2 0 1 2 0 ..                a row of n queries has at least ceil(n / tile_queries) slots
+
+Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
+P block size.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (Triton functions have no types that Python knows)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Tile", "choose_tile", "paged_attention"]
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def read_pages(table_ptr, key_start, num_keys, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr):
+    """Blocks of the keys from `key_start` on: one number if a block holds the whole tile, else one for each key.
+
+    Read a turn before they are needed, so that no load of keys waits for them. 64-bit: they become element offsets.
+    """
+    if BLOCK_SIZE >= TILE_KEYS:
+        page = tl.load(table_ptr + key_start // BLOCK_SIZE, mask=key_start < num_keys, other=0)
+    else:
+        keys = key_start + tl.arange(0, TILE_KEYS)
+        page = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_keys, other=0)
+    return page.to(tl.int64)
+
+
+@triton.jit
+def read_tile(base_ptr, pages, key_start, num_keys,
+              BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
+              HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Keys or values [TILE_KEYS, PADDED_HEAD] of one head; zero past the row's keys if MASKED."""
+    keys = key_start + tl.arange(0, TILE_KEYS)
+    dims = tl.arange(0, PADDED_HEAD)
+    offsets = pages * BLOCK_STRIDE + (keys % BLOCK_SIZE) * HEAD_SIZE
+    pointers = base_ptr + offsets[:, None] + dims[None, :]
+    if MASKED:  # stale slots may hold NaN, which a weight of zero would not remove
+        if PADDED_HEAD == HEAD_SIZE:
+            tile = tl.load(pointers, mask=(keys < num_keys)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(keys < num_keys)[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
+    else:
+        if PADDED_HEAD == HEAD_SIZE:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def attend(q, acc, top, total, pages, positions, k_ptr, v_ptr, table_ptr, begin, end, num_keys, scale_log2,
+           BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+           PADDED_HEAD: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Online softmax over keys begin .. end (multiples of the tile but for the last); MASKED at the diagonal.
+
+    `top` is the running maximum of the scores in units of log 2, `total` the sum of 2^(score - top), both float32.
+    """
+    for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
+        k = read_tile(k_ptr, pages, key_start, num_keys,
+                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, MASKED)  # fmt: skip
+        v = read_tile(v_ptr, pages, key_start, num_keys,
+                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, MASKED)  # fmt: skip
+        pages = read_pages(table_ptr, key_start + TILE_KEYS, num_keys, BLOCK_SIZE, TILE_KEYS)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            keys = key_start + tl.arange(0, TILE_KEYS)
+            scores = tl.where(positions[:, None] >= keys[None, :], scores, float("-inf"))
+        # Key 0 is in the first tile and seen by every query: top is finite from the first turn on.
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    return acc, top, total, pages
+
+
+@triton.jit
+def find_row(query_starts_ptr, slot, first_row, num_rows, TILE_QUERIES: tl.constexpr):
+    """The row that owns a grid slot: the last one whose first slot, start // TILE_QUERIES + index, is not beyond it."""
+    first_query = tl.load(query_starts_ptr + first_row)
+    low = 0
+    high = num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(query_starts_ptr + first_row + middle) - first_query
+        if start // TILE_QUERIES + middle <= slot:
+            low = middle
+        else:
+            high = middle
+    row_start = tl.load(query_starts_ptr + first_row + low)
+    return first_row + low, row_start, slot - ((row_start - first_query) // TILE_QUERIES + low)
+
+
+@triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, block_tables_ptr, rows_ptr, query_starts_ptr, context_lens_ptr,
+    scale_log2, table_stride, first_row, num_rows,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows `first_row` .. of the batch. Grid: (slots of query tiles, key heads)."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    TILE_QUERIES: tl.constexpr = TILE_ROWS // GROUP
+    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
+    kv_head = tl.program_id(1)
+    row, row_start, slot = find_row(query_starts_ptr, tl.program_id(0), first_row, num_rows, TILE_QUERIES)
+    num_queries = tl.load(query_starts_ptr + row + 1) - row_start
+    # The last tile of a row sees the most keys: it starts first.
+    first_query = (tl.cdiv(num_queries, TILE_QUERIES) - 1 - slot) * TILE_QUERIES
+    if first_query >= 0:
+        num_keys = tl.load(context_lens_ptr + row)
+        table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
+
+        index = tl.arange(0, TILE_ROWS)
+        dims = tl.arange(0, PADDED_HEAD)
+        queries = first_query + index // GROUP
+        heads = kv_head * GROUP + index % GROUP
+        is_real = (index < TILE_QUERIES * GROUP) & (queries < num_queries)
+        offsets = ((row_start + queries).to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_SIZE + dims[None, :]
+        mask = is_real[:, None] & (dims < HEAD_SIZE)[None, :]
+        q = tl.load(q_ptr + offsets, mask=mask, other=0.0)
+
+        first_position = num_keys - num_queries + first_query
+        positions = first_position + index // GROUP
+        whole = (first_position + 1) // TILE_KEYS * TILE_KEYS  # keys in tiles that every query sees all of
+        end = tl.minimum(first_position + TILE_QUERIES, num_keys)
+        k_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+        v_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+        acc = tl.zeros([TILE_ROWS, PADDED_HEAD], tl.float32)
+        top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_ROWS], tl.float32)
+        pages = read_pages(table_ptr, 0, num_keys, BLOCK_SIZE, TILE_KEYS)
+        acc, top, total, pages = attend(
+            q, acc, top, total, pages, positions, k_ptr, v_ptr, table_ptr, 0, whole, num_keys, scale_log2,
+            BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, False, STAGES)  # fmt: skip
+        acc, top, total, pages = attend(
+            q, acc, top, total, pages, positions, k_ptr, v_ptr, table_ptr, whole, end, num_keys, scale_log2,
+            BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True, STAGES)  # fmt: skip
+        tl.store(out_ptr + offsets, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters. They follow from shapes and dtype alone, never from the batch, so neither do a row's sums."""
+
+    rows: int
+    """Queries times heads of a group that a program owns."""
+    keys: int
+    stages: int
+    """Turns of the loop whose keys and values are in flight or in use."""
+    num_warps: int
+
+    def shared_bytes(self, padded_head: int, element_size: int) -> int:
+        """Shared memory that the kernel takes: the queries, and keys and values of each stage."""
+        return (self.rows + 2 * self.keys * self.stages) * padded_head * element_size
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take; a GPU's smallest common size where there is no GPU."""
+    if device.type != "cuda":
+        return 96 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+@cache
+def choose_tile(group: int, head_size: int, element_size: int, block_tokens: int | None, shared_limit: int) -> Tile:
+    """The tile for these shapes; `block_tokens` sets its keys, else the measured default (H100, feasibility C).
+
+    Raises ValueError if `block_tokens` is no power of two of at least 16 or its tile does not fit shared memory.
+    """
+    padded_head = max(16, triton.next_power_of_2(head_size))
+    is_half = element_size == 2
+    rows = max(128 if is_half and padded_head <= 128 else 64 if is_half else 32, triton.next_power_of_2(group))
+    num_warps = 8 if rows >= 128 else 4
+    if block_tokens is not None and (block_tokens < 16 or block_tokens & (block_tokens - 1)):
+        raise ValueError(f"block_tokens must be a power of two of at least 16, not {block_tokens}")
+    tiles = [Tile(rows, keys, stages, num_warps) for keys in (512, 256, 128, 64, 32, 16) for stages in (3, 2, 1)]
+    fitting = [tile for tile in tiles if tile.shared_bytes(padded_head, element_size) <= shared_limit]
+    if block_tokens is None:
+        wanted = 128 if is_half else 32
+        return next(tile for tile in fitting if tile.keys <= wanted and (tile.stages > 1 or tile.keys == 16))
+    for tile in fitting:
+        if tile.keys == block_tokens:
+            return tile
+    raise ValueError(
+        f"block_tokens={block_tokens} does not fit {shared_limit} bytes of shared memory with head size {head_size}: "
+        f"the largest that does is {fitting[0].keys}"
+    )
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    out_TNH: Tensor,
+    *,
+    kv_2BKPH: Tensor,
+    block_tables_SM: Tensor,
+    rows_R: Tensor,
+    query_starts_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    first_row: int,
+    block_tokens: int | None = None,
+) -> None:
+    """Attention of rows `first_row` .. R - 1 into their tokens of `out_TNH`; the rows before own one token each.
+
+    The grid is a bound from T and R, both known on the host: no sync, and a captured launch serves any lengths.
+    """
+    num_tokens, num_heads, head_size = q_TNH.shape
+    _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
+    num_rows = rows_R.shape[0] - first_row
+    group = num_heads // num_kv_heads
+    tile = choose_tile(group, head_size, q_TNH.element_size(), block_tokens, shared_memory(q_TNH.device))
+    num_slots = (num_tokens - first_row) // (tile.rows // group) + num_rows
+    attention_kernel[(num_slots, num_kv_heads)](
+        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
+        scale * LOG2_E, block_tables_SM.stride(0), first_row, num_rows,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
+        PADDED_HEAD=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=block_size,
+        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""The GPU kernel set: Triton behind the contract of the package, and standard attention for what Triton lacks.
+
+What a kernel cannot do (a dtype, a head size, a tensor in main memory) goes to `reference` with one warning that
+says so. The only module by which the engine reaches Triton.
+
+Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
+R rows, S seats, M blocks a seat can hold, B blocks, P block size, O output features, E entries of a rotary table.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from minillm.kernels import fused, reference
+from minillm.kernels.attention import paged_attention
+from minillm.kernels.decode_attention import decode_attention
+from minillm.kernels.sampling import sample
+
+__all__ = ["add_rms_norm", "attention", "linear", "rms_norm", "rotary_and_store", "sample", "silu_mul"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_SIZE = 256
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes tensors in main memory."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Say what falls back: once for each reason."""
+    warnings.warn(f"{reason}: falling back to plain PyTorch, which is much slower", RuntimeWarning, stacklevel=4)
+
+
+def is_supported(x: Tensor, head_size: int = 2) -> bool:
+    """Whether the Triton kernels take this dtype, device and head size; warns the first time that they do not."""
+    if x.dtype not in DTYPES:
+        warn_once(f"the Triton kernels do not take {x.dtype}, only bfloat16, float16 and float32")
+    elif not x.is_cuda and not is_interpreted():
+        warn_once(f"the Triton kernels do not take tensors on {x.device.type}")
+    elif head_size % 2 or head_size > MAX_HEAD_SIZE:
+        warn_once(f"the Triton kernels do not take a head size of {head_size}, only even ones up to {MAX_HEAD_SIZE}")
+    else:
+        return True
+    return False
+
+
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b -> [T, O], by cuBLAS."""
+    return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm -> [T, D]."""
+    norm = fused.rms_norm if is_supported(x_TD) else reference.rms_norm
+    return norm(x_TD, weight_D, eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then rms_norm(residual) -> [T, D]."""
+    norm = fused.add_rms_norm if is_supported(x_TD) else reference.add_rms_norm
+    return norm(x_TD, residual_TD, weight_D, eps)
+
+
+def silu_mul(x_T2F: Tensor) -> Tensor:
+    """silu(first half) * second half -> [T, F]."""
+    mul = fused.silu_mul if is_supported(x_T2F) else reference.silu_mul
+    return mul(x_T2F)
+
+
+def rotary_and_store(
+    qkv_TC: Tensor,
+    *,
+    cos_sin_EH: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    kv_2BKPH: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """Normalise q and k if weights are given, rotate them, write k and v to the cache -> rotated q [T, N, H]."""
+    is_fused = is_supported(qkv_TC, kv_2BKPH.shape[-1])
+    store = fused.rotary_and_store if is_fused else reference.rotary_and_store
+    return store(
+        qkv_TC,
+        cos_sin_EH=cos_sin_EH,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        kv_2BKPH=kv_2BKPH,
+        q_norm_H=q_norm_H,
+        k_norm_H=k_norm_H,
+        eps=eps,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+    )
+
+
+def attention(
+    q_TNH: Tensor,
+    *,
+    kv_2BKPH: Tensor,
+    block_tables_SM: Tensor,
+    rows_R: Tensor,
+    query_starts_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    num_decodes: int,
+    max_query_len: int,
+    max_context_len: int,
+    block_tokens: int | None = None,
+    one_launch: bool = False,
+) -> Tensor:
+    """Causal attention over the paged cache -> [T, N, H]; tokens that no row owns (padding) are left unwritten.
+
+    The first `num_decodes` rows go to the split-KV kernel and the others to Flash Attention 2, or all rows to the
+    latter with `one_launch`. `block_tokens` sets the keys of Flash Attention's tile (a power of two; None: measured
+    default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
+    """
+    if not is_supported(q_TNH, q_TNH.shape[-1]):
+        return reference.attention(
+            q_TNH,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=block_tables_SM,
+            rows_R=rows_R,
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
+            scale=scale,
+            num_decodes=num_decodes,
+            max_query_len=max_query_len,
+            max_context_len=max_context_len,
+        )
+    q_TNH = q_TNH.contiguous()
+    out_TNH = torch.empty_like(q_TNH)
+    first_row = 0 if one_launch else num_decodes
+    if first_row:
+        decode_attention(
+            q_TNH,
+            out_TNH,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=block_tables_SM,
+            rows_R=rows_R,
+            context_lens_R=context_lens_R,
+            scale=scale,
+            num_decodes=num_decodes,
+            max_context_len=max_context_len,
+        )
+    if first_row < rows_R.shape[0]:
+        paged_attention(
+            q_TNH,
+            out_TNH,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=block_tables_SM,
+            rows_R=rows_R,
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
+            scale=scale,
+            first_row=first_row,
+            block_tokens=block_tokens,
+        )
+    return out_TNH
