@@ -1,0 +1,169 @@
+"""How many tokens a step may compute, and how much of a prompt is worth a place in it. It knows no requests or blocks.
+
+The hard cap bounds activation memory. While rows decode, a soft cap bounds how long they wait, in equivalent tokens: a
+chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at which a token's attention
+costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+from minillm.errors import ConfigError
+
+__all__ = ["Budget", "SchedulerLimits"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerLimits:
+    """What the scheduler may spend: fixed when the engine starts."""
+
+    max_num_batched_tokens: int
+    """Hard cap on the tokens of a step."""
+    max_num_seqs: int
+    """Rows: most requests that run at once."""
+    max_model_len: int
+    """Most tokens of a request, prompt and output together."""
+    num_kv_blocks: int
+    """Blocks of the cache, the dummy block 0 included."""
+    block_size: int
+    """Tokens per block."""
+    soft_cap: int | None = None
+    """Equivalent tokens of a step in which rows decode; prompts wait while decodes fill it. None: the hard cap."""
+    attention_equivalence: float = math.inf
+    """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
+    tile_steps: tuple[int, ...] = ()
+    """Good sizes of a step, ascending: the last tokens before the time of a step rises. May be empty."""
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    """False: a prompt runs whole or not at all, under the hard cap alone."""
+    min_chunk_size: int = 16
+    """Smallest part of a prompt worth a place in a step, unless it is the rest."""
+    max_chunk_size: int | None = None
+    """Largest part of a prompt in one step."""
+    max_overtakes: int = 8
+    """Requests that may be admitted before a head of the queue that waits for memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "min_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_kv_blocks < 2:
+            raise ConfigError(f"num_kv_blocks must be at least 2 (one is a dummy), not {self.num_kv_blocks}")
+        for name in ("soft_cap", "max_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not self.attention_equivalence > 0:
+            raise ConfigError(f"attention_equivalence must be above 0, not {self.attention_equivalence}")
+        if list(self.tile_steps) != sorted(self.tile_steps):
+            raise ConfigError("tile_steps must ascend")
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the whole cache holds."""
+        return (self.num_kv_blocks - 1) * self.block_size
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens that a request can come to: the last one needs no slot, as nothing follows it."""
+        return min(self.max_model_len, self.num_slots + 1)
+
+    def find_fault(self, num_prompt: int, max_tokens: int) -> str | None:
+        """Why a request of this size can never be served and what to change, or None."""
+        if num_prompt < 1:
+            return "the prompt is empty: give at least one token"
+        if max_tokens < 1:
+            return f"max_tokens must be at least 1, not {max_tokens}"
+        if num_prompt >= self.max_model_len:
+            return (
+                f"the prompt has {num_prompt} tokens, which leaves no room to generate within max_model_len "
+                f"{self.max_model_len}: shorten the prompt or raise max_model_len"
+            )
+        if num_prompt > self.num_slots:
+            return (
+                f"the prompt has {num_prompt} tokens and the KV cache holds {self.num_slots}: shorten the prompt or "
+                f"raise num_kv_blocks or gpu_memory_utilization"
+            )
+        if not self.enable_chunked_prefill and num_prompt > self.max_num_batched_tokens:
+            return (
+                f"the prompt has {num_prompt} tokens and, without chunked prefill, a step takes "
+                f"{self.max_num_batched_tokens}: raise max_num_batched_tokens or set enable_chunked_prefill"
+            )
+        return None
+
+
+class Budget:
+    """What one step has left after `num_decode_tokens` of running decodes."""
+
+    __slots__ = ("_is_soft", "_limits", "_min_chunk", "_soft_room", "_used")
+
+    def __init__(self, limits: SchedulerLimits, num_decode_tokens: int) -> None:
+        self._limits = limits
+        self._used = num_decode_tokens
+        self._is_soft = num_decode_tokens > 0 and limits.soft_cap is not None and limits.enable_chunked_prefill
+        self._soft_room = float((limits.soft_cap or 0) - num_decode_tokens)
+        max_chunk = min(limits.max_chunk_size or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
+        self._min_chunk = min(limits.min_chunk_size, max_chunk)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether not even one more token fits."""
+        return self._used >= self._limits.max_num_batched_tokens or (self._is_soft and self._soft_room < 1)
+
+    def chunk_size(self, start: int, num_owed: int) -> int:
+        """Tokens to compute now of a prompt that owes `num_owed` from position `start`; 0 if too few fit.
+
+        As few chunks as fit, and those of equal size: 1,000 tokens where 256 fit are four times 250. While rows decode,
+        the step is filled up to the edge of a tile step.
+        """
+        limits, used = self._limits, self._used
+        room = limits.max_num_batched_tokens - used
+        if not limits.enable_chunked_prefill:
+            # Only a resume after preemption can owe more than a whole step.
+            num_whole = min(num_owed, limits.max_num_batched_tokens)
+            return num_whole if num_whole <= room else 0
+        if limits.max_chunk_size is not None:
+            room = min(room, limits.max_chunk_size)
+        if self._is_soft:
+            room = self._cut(min(room, self._max_soft_chunk(start)))
+        if num_owed <= room:
+            return num_owed
+        if room < self._min_chunk:
+            return 0
+        num_chunks = -(-num_owed // room)
+        size = max(-(-num_owed // num_chunks), self._min_chunk)
+        return min(self._fill(size, room), num_owed)
+
+    def spend(self, start: int, count: int) -> None:
+        """Account for a chunk of `count` tokens from position `start`."""
+        self._used += count
+        self._soft_room -= count * (1 + (start + count / 2) / self._limits.attention_equivalence)
+
+    def _max_soft_chunk(self, start: int) -> int:
+        """Largest n with n * (1 + (start + n / 2) / kappa) within the soft room."""
+        room, kappa = self._soft_room, self._limits.attention_equivalence
+        if room < 1:
+            return 0
+        if math.isinf(kappa):
+            return int(room)
+        linear = kappa + start
+        # The positive root of n^2 / 2 + linear * n = kappa * room, in the form that subtracts nothing.
+        return int(2 * kappa * room / (linear + math.sqrt(linear * linear + 2 * kappa * room)))
+
+    def _cut(self, room: int) -> int:
+        """`room`, cut so that the step ends at the last tile step within it that still fits a chunk."""
+        steps = self._limits.tile_steps
+        at = bisect_right(steps, self._used + room)
+        cut = steps[at - 1] - self._used if at else 0
+        return cut if cut >= self._min_chunk else room
+
+    def _fill(self, size: int, room: int) -> int:
+        """`size`, raised so that the step ends at a tile step, if one lies within `room`: those tokens are free."""
+        if not self._is_soft:
+            return size
+        steps = self._limits.tile_steps
+        at = bisect_left(steps, self._used + size)
+        return steps[at] - self._used if at < len(steps) and steps[at] <= self._used + room else size

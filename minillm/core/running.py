@@ -1,0 +1,185 @@
+"""Running: the requests that have a row, and what the next step does for them. It knows no queue and no results.
+
+Requests are kept by rank: `decodes` have sampled since they were seated, `prompts` have not yet. When blocks run out,
+the largest rank gives up its own and will be computed again, so the smallest always gets on.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from itertools import chain
+
+from minillm.core.budget import Budget, SchedulerLimits
+from minillm.core.kv_manager import KVManager, Prefix
+from minillm.core.plan import Seat, StepPlan, ints
+from minillm.core.queue import insert, try_remove
+from minillm.core.request import Request
+
+__all__ = ["Running"]
+
+
+class Running:
+    """Rows 1 to `max_num_seqs`; row 0 is a dummy."""
+
+    def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
+        self.decodes: list[Request] = []
+        self.prompts: list[Request] = []
+        self.preempted: list[Request] = []
+        """Those who gave up their row and are not queued yet."""
+        self._limits = limits
+        self._kv = kv
+        self._free_rows = array("i", range(limits.max_num_seqs, 0, -1))
+        self._freed = ints()
+
+    def __len__(self) -> int:
+        return len(self.decodes) + len(self.prompts)
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain(self.decodes, self.prompts)
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows without a request."""
+        return len(self._free_rows)
+
+    @property
+    def num_unused_slots(self) -> int:
+        """Slots in blocks of requests that no token is planned for."""
+        return sum(len(request.blocks) * self._limits.block_size - request.num_planned for request in self)
+
+    def take_freed(self) -> array[int]:
+        """Rows freed since the last call."""
+        freed, self._freed = self._freed, ints()
+        return freed
+
+    def seat(self, request: Request, prefix: Prefix, plan: StepPlan) -> None:
+        """Give a row to a request that was just given blocks."""
+        if prefix.copied:
+            plan.copies.extend((prefix.copied, request.blocks[len(prefix.blocks)]))
+        request.parent = None
+        request.first_step = plan.step
+        request.row = self._free_rows.pop()
+        plan.seats += (Seat(request.row, request.number, request.blocks[:], request.params),)
+        insert(self.prompts, request)
+
+    def vacate(self, request: Request) -> None:
+        """Take row and blocks back. A step in flight may still use them: later steps run after it."""
+        is_removed = try_remove(self.decodes, request) or try_remove(self.prompts, request)
+        assert is_removed, f"request {request.number} does not run"
+        self._kv.release(request)
+        self._freed.append(request.row)
+        self._free_rows.append(request.row)
+        request.unseat()
+
+    def plan_decodes(self, plan: StepPlan) -> int:
+        """Give each open decode its tokens; returns how many. This loop sets the scheduler's speed: keep it flat."""
+        room = self._limits.max_num_batched_tokens
+        block_size = self._limits.block_size
+        requests, rows, starts = plan.requests, plan.rows, plan.starts
+        num_tokens, tokens = plan.num_tokens, plan.tokens
+        wide: list[tuple[int, int]] = []  # (entry, count) of rows with drafts
+        for request in self.decodes:  # a preemption shortens it, behind the current entry
+            start = request.num_planned
+            if start >= request.plan_limit:
+                continue
+            if not room:
+                break
+            count = 1
+            if request.drafts or start % block_size == 0:
+                count = self._fit(request, room, plan)
+                if not count:
+                    break
+            if request.num_unknown:
+                num_tokens.append(0)
+            else:
+                num_tokens.append(count)
+                tokens.append(request.tokens[start])
+                if count > 1:
+                    tokens.extend(request.drafts)
+                    wide.append((len(starts), count))
+            if count > 1 or request.is_stepwise:
+                request.plan_limit = 0
+            requests.append(request.number)
+            rows.append(request.row)
+            starts.append(start)
+            request.num_planned = start + count
+            request.num_unknown += 1
+            room -= count
+        plan.counts = array("i", [1]) * len(starts)
+        for i, count in wide:
+            plan.counts[i] = count
+        plan.num_logits, plan.num_samples = plan.counts[:], plan.counts[:]
+        return self._limits.max_num_batched_tokens - room
+
+    def plan_prompts(self, plan: StepPlan, budget: Budget) -> None:
+        """Chunks of half-done prompts. They preempt later prompts for blocks, never decodes, which are planned by now."""
+        for request in self.prompts[:]:
+            if budget.is_spent:
+                break
+            if not request.row:
+                continue  # preempted in this loop
+            start = request.num_planned
+            count = budget.chunk_size(start, len(request.tokens) - start)
+            if not count:
+                continue
+            is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
+            while not is_fitting and self.prompts[-1] is not request:
+                self._preempt(self.prompts[-1])
+                is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
+            if is_fitting:
+                self.plan_chunk(request, count, plan, budget)
+
+    def plan_chunk(self, request: Request, count: int, plan: StepPlan, budget: Budget) -> None:
+        """Plan the next `count` tokens of a prompt, for which it has blocks."""
+        start = request.num_planned
+        stop = start + count
+        num_samples = int(stop == len(request.tokens))
+        plan.requests.append(request.number)
+        plan.rows.append(request.row)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.num_logits.append(num_samples)
+        plan.num_samples.append(num_samples)
+        plan.num_tokens.append(count)
+        plan.tokens.extend(request.tokens[start:stop])
+        budget.spend(start, count)
+        request.num_planned = stop
+        request.num_chunks += 1
+        if num_samples:
+            request.num_unknown = 1
+            if request.is_stepwise:
+                request.plan_limit = 0
+            try_remove(self.prompts, request)
+            insert(self.decodes, request)
+
+    def check_invariants(self) -> None:
+        """Assert that each row has one owner or none, and that ranks ascend."""
+        rows = sorted([*self._free_rows, *(request.row for request in self)])
+        assert rows == list(range(1, self._limits.max_num_seqs + 1)), "a row is lost or in two places"
+        assert all(r.blocks and 0 <= r.num_computed <= r.num_planned for r in self)
+        assert not self.preempted, "a preempted request is not queued"
+        for requests in (self.decodes, self.prompts):
+            assert all(a.rank < b.rank for a, b in zip(requests, requests[1:], strict=False))
+
+    def _fit(self, request: Request, room: int, plan: StepPlan) -> int:
+        """Find blocks for the next token of a decode and, if they need no preemption, for its drafts.
+
+        Returns the tokens to plan; 0 if the request, of the largest rank left, had to give up its own blocks.
+        """
+        start = request.num_planned
+        max_drafts = 0 if request.num_unknown else min(room, request.plan_limit - start) - 1
+        del request.drafts[max_drafts:]
+        if not self._kv.try_grow(request, start + 1 + len(request.drafts), plan.blocks):
+            request.drafts.clear()
+        while not self._kv.try_grow(request, start + 1, plan.blocks):
+            last = max((part[-1] for part in (self.decodes, self.prompts) if part), key=lambda r: r.rank)
+            self._preempt(last)
+            if last is request:
+                return 0
+        return 1 + len(request.drafts)
+
+    def _preempt(self, request: Request) -> None:
+        request.num_preemptions += 1
+        self.vacate(request)
+        self.preempted.append(request)

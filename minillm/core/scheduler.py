@@ -1,0 +1,241 @@
+"""Scheduler: hands out each step's token budget and applies what the step gave. It knows no tensors, text or clocks.
+
+Running decodes come first, then half-done prompts, then new requests; within each, the smaller rank.
+
+    schedule -> StepPlan -> (device) -> StepResult -> update       `schedule` may run again before `update`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from itertools import islice
+
+from minillm.core.budget import Budget, SchedulerLimits
+from minillm.core.kv_manager import KVManager
+from minillm.core.plan import StepPlan, StepResult, Wait
+from minillm.core.queue import RequestQueue
+from minillm.core.request import Request
+from minillm.core.running import Running
+from minillm.types import FinishReason
+
+__all__ = ["Scheduler", "SchedulerLimits"]
+
+MAX_BEHIND = 8
+
+
+class Scheduler:
+    """Owner of all requests, their rows and their blocks."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.kv = KVManager(limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching)
+        self.num_preemptions = 0
+        self._live: dict[int, Request] = {}
+        self._queue = RequestQueue(limits.max_overtakes)
+        self._running = Running(limits, self.kv)
+        self._num_added = 0
+        self._step = 0
+
+    def check(self, num_prompt: int, max_tokens: int) -> str | None:
+        """Why a request of this size can never be served and what to change, or None."""
+        return self.limits.find_fault(num_prompt, max_tokens)
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `check` has nothing against."""
+        self._num_added += 1
+        self._enter(request, self._num_added)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Queue `child`, whose tokens but the last are those that `parent`'s start with, at the parent's place.
+
+        If the parent still runs when the child is seated, the child shares the parent's computed blocks and gets a copy
+        of the one that it must write to; else it is a request like any other.
+        """
+        num_shared = min(len(child.tokens) - 1, len(parent.tokens))
+        assert child.tokens[:num_shared] == parent.tokens[:num_shared] and child.salt == parent.salt, "not a fork"
+        child.parent = parent
+        child.keys = parent.keys[: num_shared // self.limits.block_size]
+        self._enter(child, parent.rank[1])
+
+    def finish(self, number: int, reason: FinishReason) -> Request | None:
+        """End a request in any state and free what it has; None if it ended before. Its results in flight are void."""
+        request = self._live.get(number)
+        if request is not None:
+            self._end(request, reason)
+        return request
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """What the next step does; None if there is nothing to do, or all of it waits for results in flight."""
+        plan = StepPlan(self._step)
+        running = self._running
+        budget = Budget(self.limits, running.plan_decodes(plan))
+        running.plan_prompts(plan, budget)
+        # Blocks given up in this step are for those who needed them: nobody is admitted on them.
+        is_short = bool(running.preempted)
+        for request in running.preempted:
+            self._queue.push(request)
+        self.num_preemptions += len(running.preempted)
+        running.preempted.clear()
+        reason = "blocks" if is_short else self._admit(plan, budget, now)
+        if reason is not None:
+            behind = plan.requests if reason == "budget" else (request.number for request in running)
+            plan.waits = (Wait(self._queue[0].number, reason, tuple(islice(behind, MAX_BEHIND))),)
+        if not plan.requests:
+            return None
+        plan.freed = running.take_freed()
+        self._step += 1
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Apply a step's result; returns the requests that gained tokens or ended, in the order of the plan.
+
+        Entries are void whose request has ended, or was seated anew after the step was planned.
+        """
+        assert plan.step == result.step, "the result of another step"
+        changed: list[Request] = []
+        live, step, gained, stop = self._live, plan.step, result.tokens, 0
+        failed = frozenset(plan.requests[i] for i in result.failed)
+        for number, start, count, gain in zip(plan.requests, plan.starts, plan.counts, result.counts, strict=True):
+            stop += gain
+            request = live.get(number)
+            if request is None or step < request.first_step:
+                continue
+            if failed and number in failed:
+                self._end(request, FinishReason.ERROR)
+            elif gain == 1 and request.plan_limit:
+                token = gained[stop - 1]
+                request.tokens.append(token)
+                request.num_unknown -= 1
+                request.num_computed = computed = start + count
+                if computed >= request.next_publish:
+                    self.kv.publish(request)
+                if token in request.stop_token_ids:
+                    self._end(request, FinishReason.STOP)
+                elif computed + 1 >= request.max_len:
+                    self._end(request, FinishReason.LENGTH)
+            elif gain:
+                self._accept(request, gained[stop - gain : stop])
+            else:
+                request.num_computed = start + count
+                if request.num_computed >= request.next_publish:
+                    self.kv.publish(request)
+                continue
+            changed.append(request)
+        return changed
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a row."""
+        return len(self._running)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request and no hold refers to, cached ones included."""
+        return self.kv.pool.num_free
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the cache's blocks that a request or a hold refers to, in [0, 1]."""
+        return 1.0 - self.num_free_blocks / (self.limits.num_kv_blocks - 1)
+
+    @property
+    def kv_utilization(self) -> float:
+        """Share of the slots of those blocks that tokens are planned for, in [0, 1]; 1 if there is none."""
+        num_slots = self.limits.num_slots - self.num_free_blocks * self.limits.block_size
+        return 1.0 - self._running.num_unused_slots / num_slots if num_slots else 1.0
+
+    def check_invariants(self) -> None:
+        """Assert that requests, rows and blocks agree."""
+        waiting = [self._queue[place] for place in range(len(self._queue))]
+        numbers = sorted(request.number for request in [*self._running, *waiting])
+        assert numbers == sorted(self._live), "a request is lost or in two places"
+        assert not any(r.row or r.blocks or r.num_planned or r.num_unknown for r in waiting)
+        assert all(a.rank < b.rank for a, b in zip(waiting, waiting[1:], strict=False))
+        assert all(request.finish_reason is None for request in self._live.values())
+        self._running.check_invariants()
+        self.kv.check_invariants(self._live.values())
+
+    def _enter(self, request: Request, order: int) -> None:
+        fault = self.check(request.num_prompt, request.max_tokens)
+        assert fault is None, fault
+        assert request.number not in self._live, f"request {request.number} is there already"
+        request.rank = (request.priority, order, request.number)
+        request.max_len = min(request.num_prompt + request.max_tokens, self.limits.max_len)
+        request.plan_limit = request.max_len - 1
+        if self.limits.enable_prefix_caching:
+            self.kv.extend_keys(request, len(request.tokens) // self.limits.block_size)
+        self._live[request.number] = request
+        self._queue.push(request)
+
+    def _admit(self, plan: StepPlan, budget: Budget, now: float) -> str | None:
+        """Seat queued requests while they fit; returns why the head of the queue still waits, None if none is left."""
+        place, head_reason = 0, None
+        while self._queue.may_try(place):
+            request = self._queue[place]
+            reason = self._try_seat(request, plan, budget, now)
+            if reason is None:
+                self._queue.pop(place)
+                continue
+            if place == 0:
+                head_reason = reason
+            if reason != "blocks":
+                break  # what lacks, lacks for all
+            place += 1
+        return head_reason
+
+    def _try_seat(self, request: Request, plan: StepPlan, budget: Budget, now: float) -> str | None:
+        """Seat `request` and plan its first chunk, or change nothing and say what lacks."""
+        running = self._running
+        if not running.num_free_rows:
+            return "rows"
+        if budget.is_spent:
+            return "budget"
+        prefix = self.kv.match(request, plan.step)
+        count = budget.chunk_size(prefix.num_tokens, len(request.tokens) - prefix.num_tokens)
+        if not count:
+            return "budget"
+        # One spare block per running request: they grow a while before they would preempt the newcomer.
+        if not self.kv.try_admit(request, prefix, count, len(running)):
+            return "blocks"
+        if request.first_planned is None:
+            request.first_planned = now
+            request.num_cached_tokens = prefix.num_tokens
+        running.seat(request, prefix, plan)
+        running.plan_chunk(request, count, plan, budget)
+        return None
+
+    def _accept(self, request: Request, tokens: array[int]) -> None:
+        """Append what a closed row gained, up to its end; the positions of rejected drafts will be computed again."""
+        reason: FinishReason | None = None
+        for token in tokens:
+            request.tokens.append(token)
+            if token in request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif len(request.tokens) >= request.max_len:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        request.reopen()
+        request.num_computed = request.num_planned
+        if request.num_computed >= request.next_publish:
+            self.kv.publish(request)
+        if reason is not None:
+            self._end(request, reason)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        del self._live[request.number]
+        if request.row:
+            self._running.vacate(request)
+        else:
+            self._queue.remove(request)
