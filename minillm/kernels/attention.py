@@ -168,18 +168,17 @@ class Tile:
     keys: int
     stages: int
     """Turns of the loop whose keys and values are in flight or in use."""
-    num_warps: int
 
     def shared_bytes(self, padded_head: int, element_size: int) -> int:
-        """Shared memory that the kernel takes: the queries, and keys and values of each stage."""
-        return (self.rows + 2 * self.keys * self.stages) * padded_head * element_size
+        """Bound of the kernel's shared memory: queries, keys and values of each stage, block numbers."""
+        return (self.rows + 2 * self.keys * self.stages) * padded_head * element_size + 16 * self.keys
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; a GPU's smallest common size where there is no GPU."""
+    """Bytes of shared memory that one program may take; under the interpreter those of a small GPU."""
     if device.type != "cuda":
-        return 96 * 1024
+        return 99 * 1024
     properties = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
@@ -192,15 +191,17 @@ def choose_tile(group: int, head_size: int, element_size: int, block_tokens: int
     """
     padded_head = max(16, triton.next_power_of_2(head_size))
     is_half = element_size == 2
-    rows = max(128 if is_half and padded_head <= 128 else 64 if is_half else 32, triton.next_power_of_2(group))
-    num_warps = 8 if rows >= 128 else 4
+    rows = max(128 if is_half else 8192 // max(128, padded_head), triton.next_power_of_2(group))
     if block_tokens is not None and (block_tokens < 16 or block_tokens & (block_tokens - 1)):
         raise ValueError(f"block_tokens must be a power of two of at least 16, not {block_tokens}")
-    tiles = [Tile(rows, keys, stages, num_warps) for keys in (512, 256, 128, 64, 32, 16) for stages in (3, 2, 1)]
+    stages = (3, 2, 1) if is_half else (2, 1)
+    tiles = [Tile(rows, keys, some) for keys in (512, 256, 128, 64, 32, 16) for some in stages]
     fitting = [tile for tile in tiles if tile.shared_bytes(padded_head, element_size) <= shared_limit]
+    if not fitting:
+        raise ValueError(f"no tile for head size {head_size} fits {shared_limit} bytes of shared memory")
     if block_tokens is None:
-        wanted = 128 if is_half else 32
-        return next(tile for tile in fitting if tile.keys <= wanted and (tile.stages > 1 or tile.keys == 16))
+        wanted = 128 if is_half else 16  # exact float32 products hold their operands in registers
+        return max(fitting, key=lambda tile: (tile.keys <= wanted, tile.stages > 1, tile.keys, tile.stages))
     for tile in fitting:
         if tile.keys == block_tokens:
             return tile
@@ -238,5 +239,5 @@ def paged_attention(
         scale * LOG2_E, block_tables_SM.stride(0), first_row, num_rows,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
         PADDED_HEAD=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=block_size,
-        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.num_warps,
+        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=8,
     )  # fmt: skip

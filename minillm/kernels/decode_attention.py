@@ -160,7 +160,8 @@ def decode_attention(
     _, num_heads, head_size = q_TNH.shape
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
     padded_head = max(16, triton.next_power_of_2(head_size))
-    tile_keys = max(16, min(128, 16384 // (padded_head * q_TNH.element_size())))
+    is_half = q_TNH.element_size() == 2
+    tile_keys = max(16, min(128, (8192 if is_half else 2048) // padded_head))
     most = max_segments(num_kv_heads)
     is_split = max_context_len > min_segment
     shape = (num_decodes, num_heads, most) if is_split else (0,)
@@ -173,7 +174,7 @@ def decode_attention(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, PADDED_HEAD=padded_head,
         PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)), BLOCK_SIZE=block_size, TILE_KEYS=tile_keys,
-        MIN_SEGMENT=min_segment, MAX_SEGMENTS=most, STAGES=3, num_warps=4,
+        MIN_SEGMENT=min_segment, MAX_SEGMENTS=most, STAGES=3 if is_half else 2, num_warps=4 if is_half else 8,
     )  # fmt: skip
     if is_split:
         merge_kernel[(num_decodes, num_heads)](

@@ -70,7 +70,8 @@ def silu_mul_kernel(x_ptr, y_ptr, SIZE: tl.constexpr, TILE: tl.constexpr):
     gate = tl.load(x_ptr + token * 2 * SIZE + dims, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + token * 2 * SIZE + SIZE + dims, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    decay = tl.exp(-tl.abs(gate))  # at most 1: no overflow on the way
+    silu = (gate * tl.where(gate < 0, decay, 1.0) / (1.0 + decay)).to(dtype).to(tl.float32)
     tl.store(y_ptr + token * SIZE + dims, (silu * up).to(dtype), mask=mask)
 
 
@@ -162,12 +163,13 @@ def rotary_and_store(
     num_tokens = qkv_TC.shape[0]
     q_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=qkv_TC.dtype, device=qkv_TC.device)
     has_norm = q_norm_H is not None and k_norm_H is not None
+    padded_half = triton.next_power_of_2(head_size // 2)
+    padded_group = triton.next_power_of_2(num_heads // num_kv_heads)
     rotary_kernel[(num_tokens, num_kv_heads)](
         qkv_TC, cos_sin_EH, positions_T, slots_T, kv_2BKPH[0], kv_2BKPH[1],
         q_norm_H if has_norm else qkv_TC, k_norm_H if has_norm else qkv_TC, q_TNH, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
-        PADDED_HALF=triton.next_power_of_2(head_size // 2),
-        PADDED_GROUP=triton.next_power_of_2(num_heads // num_kv_heads),
-        BLOCK_SIZE=block_size, HAS_NORM=has_norm, num_warps=1,
+        PADDED_HALF=padded_half, PADDED_GROUP=padded_group, BLOCK_SIZE=block_size, HAS_NORM=has_norm,
+        num_warps=min(8, max(1, padded_half * padded_group // 512)),
     )  # fmt: skip
     return q_TNH

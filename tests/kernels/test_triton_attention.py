@@ -59,18 +59,18 @@ def test_block_and_tile_sizes(make_batch, device, poisoned, block_size, block_to
 
 
 def test_decode_in_segments_is_exact_and_equal_under_any_bound(make_batch, device, poisoned) -> None:
-    rows = [(1, context) for context in (1, 31, 32, 33, 64, 65, 200, 513)]  # 513: more than the most segments of 32
+    rows = [(1, context) for context in (1, 32, 33, 65, 513)]  # 513: more than the most segments of 32
     q_TNH, inputs = make_batch(rows, num_kv_heads=8, num_heads=8, device=device)
     assert max_segments(8) == 16
     names = ("kv_2BKPH", "block_tables_SM", "rows_R", "context_lens_R", "scale", "num_decodes")
     outs = []
-    for bound in (513, 700, 100_000):
+    for bound in (513, 100_000):
         out_TNH = torch.full_like(q_TNH, torch.nan)
         arguments = {name: inputs[name] for name in names}
         decode_attention(q_TNH, out_TNH, **arguments, max_context_len=bound, min_segment=32)
         outs.append(out_TNH)
     assert largest_error(outs[0], oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[0], outs[1])
 
 
 def check_alone(make_batch, device, dtype, rows) -> None:
