@@ -95,9 +95,10 @@ class TransformersEngine:
             do_sample=job.workload.temperature > 0,
             temperature=job.workload.temperature or None,
             max_new_tokens=max(job.workload.max_tokens),
-            eos_token_id=-1,
+            eos_token_id=None,
             pad_token_id=0,
         )
+        self._model.generation_config = self._generation_config  # its own would bring end tokens back
         self._stack = ExitStack()
         self._manager = None if job.device.type == "cpu" else self._start_batching(job.workload)
 

@@ -82,6 +82,8 @@ def run(
     measured = list((taking_turns if job.device.type == "cpu" else one_after_another)(job, engines, num_runs))
     yardsticks = {m.dtype: measure_yardstick(job.device, m.dtype) for m in measured}
     rows = [result_row(m, job.workload, model_config, yardsticks[m.dtype]) for m in measured]
+    for row, m in zip(rows, measured, strict=True):
+        row["speedup"] = round(measured[-1].figure / m.figure, 3)
     line = {
         "bench": "offline",
         "model": model,
@@ -166,20 +168,20 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def table_of(line: dict[str, Any]) -> Table:
-    """The figures for people; each engine's speed beside the last one's."""
+    """The figures for people; the speed-up is over the last engine named."""
     parts = (line["model"], line["workload"], f"{line['statistic']} of {line['num_runs']}", line["machine"]["device"])
-    table = Table(title=" · ".join(parts))
+    table = Table(title=" · ".join(parts), caption=f"speed-up over {line['results'][-1]['engine']}")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "engine": lambda row: f"{row['engine']} {row['version']}",
+        "engine": lambda row: str(row["engine"]),
         "dtype": lambda row: str(row["dtype"]),
         "seconds": lambda row: f"{row['seconds']:.3f}",
         "output tok/s": lambda row: f"{row['output_tok_s']:,.1f}",
         "total tok/s": lambda row: f"{row['total_tok_s']:,.1f}",
-        "of the machine": lambda row: next(f"{row[k]:.1%} {k.upper()}" for k in ("mbu", "mfu") if k in row),
-        f"× {line['results'][-1]['engine']}": lambda row: f"{line['results'][-1]['seconds'] / row['seconds']:.2f}",
+        "of machine": lambda row: next(f"{row[k]:.1%} {k.upper()}" for k in ("mbu", "mfu") if k in row),
+        "speed-up": lambda row: f"{row['speedup']:.2f}",
     }
     for name in columns:
-        table.add_column(name, justify="left" if name in ("engine", "dtype") else "right")
+        table.add_column(name, justify="left" if name in ("engine", "dtype") else "right", no_wrap=name == "engine")
     for row in line["results"]:
         table.add_row(*(show(row) for show in columns.values()))
     return table

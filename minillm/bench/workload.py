@@ -113,4 +113,4 @@ def find_shape(name: str, num_prompts: int | None, input_len: int | None, output
     for key, value in given.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, not {value}")
-    return replace(SHAPES[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return replace(SHAPES[name], **{key: value for key, value in given.items() if value is not None})

@@ -1,0 +1,104 @@
+"""The offline benchmark: the workloads are the ones it names, its bounds are right, and it runs."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from minillm.bench import offline
+from minillm.bench.engines import hub_config
+from minillm.bench.workload import SHAPES, Shape, Workload, find_shape, make_workload
+from minillm.config import Configs, EngineConfig, ModelConfig
+from minillm.errors import ConfigError
+from minillm.model.checkpoint_config import config_from_folder
+
+TINY = Configs.TINY_LLAMA
+
+
+def test_nano_is_the_draw_of_its_original() -> None:
+    """nano-vllm draws all prompts, then all output lengths, from `random` seeded with 0."""
+    random.seed(0)
+    prompts = [[random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    lengths = [random.randint(100, 1024) for _ in prompts]
+    nano = make_workload("nano", SHAPES["nano"], vocab_size=151936)
+    assert (nano.prompts, nano.max_tokens, nano.temperature) == (prompts, lengths, 0.6)
+    assert nano.num_output_tokens == 133_966
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_token_ids_fit_the_vocabulary(name: str) -> None:
+    workload = make_workload(name, SHAPES[name], vocab_size=100)
+    assert {token for prompt in workload.prompts for token in prompt} <= set(range(100))
+    assert workload.is_equal_length == (name != "nano")
+
+
+def test_sizes_can_be_given() -> None:
+    assert find_shape("bs64", 2, 3, 4) == Shape(num_prompts=2, input_len=3, output_len=4)
+    assert find_shape("bs64", None, None, 4) == Shape(num_prompts=64, input_len=1024, output_len=4)
+    with pytest.raises(ConfigError, match="input_len must be at least 1"):
+        find_shape("bs64", None, 0, None)
+    with pytest.raises(ConfigError, match="no workload 'made-up'; there are nano"):
+        find_shape("made-up", None, None, None)
+
+
+def test_bytes_moved_step_by_step() -> None:
+    """Against a walk over the steps: every step reads the weights, every row its context so far."""
+    workload = Workload("made up", [[1] * 5, [1] * 2], [3, 4], 0.0)
+    rows = [(len(prompt), n) for prompt, n in zip(workload.prompts, workload.max_tokens, strict=True)]
+    num_bytes = 0
+    for step in range(1, max(workload.max_tokens) + 1):
+        num_bytes += TINY.num_step_params * 2
+        num_bytes += sum((length + step) * TINY.kv_bytes_per_token(2) for length, n in rows if step <= n)
+    assert workload.bytes_moved(TINY, 2) == num_bytes
+
+
+def test_prefill_flops_of_one_token() -> None:
+    """One token: every matrix once, the head once; two FLOPs a weight, and attention to itself."""
+    workload = Workload("made up", [[1]], [1], 0.0)
+    attention = 2 * TINY.num_layers * TINY.num_heads * TINY.head_size
+    assert workload.prefill_flops(TINY) == 2 * TINY.num_step_params + attention
+
+
+@pytest.mark.parametrize("name", Configs.names())
+def test_peers_get_the_same_shape(name: str, tmp_path: object) -> None:
+    """What peers read is what MiniLLM would read from the same config.json."""
+    from pathlib import Path
+
+    model = Configs.find(name)
+    assert isinstance(model, ModelConfig) and isinstance(tmp_path, Path)
+    (tmp_path / "config.json").write_text(json.dumps(hub_config(model)))
+    assert config_from_folder(tmp_path) == model
+
+
+def test_unknown_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no engine 'made-up'; there are minillm, transformers, vllm"):
+        offline.run(engines=["made-up"])
+
+
+def test_mixed_lengths_are_refused_by_transformers_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="equal length"):
+        offline.run(
+            engines=["transformers"], workload="nano", model="random:tiny-llama", config=EngineConfig(device="cpu")
+        )
+
+
+@pytest.mark.parametrize(("workload", "share"), [("bs64", "mbu"), ("prefill", "mfu")])
+def test_two_engines_in_one_run(workload: str, share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = offline.run(
+        engines=["minillm", "transformers"],
+        workload=workload,
+        model="random:tiny-llama",
+        config=EngineConfig(device="cpu", dtype="float32", num_kv_blocks=64),
+        num_prompts=2,
+        input_len=8,
+        output_len=1 if workload == "prefill" else 4,
+        repeats=3,
+    )
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == line
+    assert [row["engine"] for row in line["results"]] == ["minillm", "transformers"]
+    for row in line["results"]:
+        assert sorted(row["runs"])[1] == row["seconds"] and row[share] > 0
+        assert f"│ {row['engine']} " in printed
