@@ -34,8 +34,8 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "llm": {"engine", "text", "config"} | SHARED,
     "server": {"engine", "text", "config"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
-    "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic"},
-    "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server"},
+    "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
+    "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
     "__main__": {"cli"},
     "": {"llm", "config"} | SHARED,  # the package itself: public names only
 }

@@ -18,16 +18,8 @@ MAX_EXAMPLE_LINES = 30
 
 
 def test_public_names() -> None:
-    assert sorted(minillm.__all__) == [
-        "LLM",
-        "EngineConfig",
-        "FinishReason",
-        "MiniLLMError",
-        "RequestOutput",
-        "SamplingParams",
-        "StreamChunk",
-        "Timings",
-    ]
+    names = ["EngineConfig", "FinishReason", "LLM", "ModelConfig", "RequestOutput", "SamplingParams", "Timings"]
+    assert sorted(minillm.__all__) == names
     assert all(hasattr(minillm, name) for name in minillm.__all__)
     with pytest.raises(AttributeError, match="made_up"):
         _ = minillm.made_up
