@@ -111,13 +111,13 @@ class Linear(nn.Module):
         self.is_partial = columns.count < columns.total
         self.weight = build.weight(num_outputs, columns.count)
         self.bias = build.weight(num_outputs) if bias else None
-        self._operand: Any = self.weight
+        self._packed: Any = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x_TD -> y_TO: this rank's outputs, or for row shards the sum over ranks."""
         # The bias of a sum is added once.
         bias_O = None if self.is_partial and self.tp.rank else self.bias
-        y_TO: Tensor = self.ops.linear(x_TD, self._operand, bias_O)
+        y_TO: Tensor = self.ops.linear(x_TD, self.weight if self._packed is None else self._packed, bias_O)
         return self.tp.all_reduce(y_TO) if self.is_partial else y_TO
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -134,7 +134,7 @@ class Linear(nn.Module):
         """Let the kernel set lay the weight out anew, if it wants to."""
         pack = getattr(self.ops, "pack_linear", None)
         if pack is not None:
-            self._operand = pack(self.weight.data)
+            self._packed = pack(self.weight.data)
             del self.weight
 
     def _weight_loader(self, here: slice, rows: Shard) -> Callable[[StoredTensor], None]:
@@ -186,19 +186,24 @@ class VocabHead(nn.Module):
     def __init__(self, build: Build, embedding: Embedding, *, is_tied: bool) -> None:
         super().__init__()
         self.ops, self.tp, self.vocab_size = build.ops, build.tp, embedding.vocab_size
+        self.is_tied = is_tied
         self.table = embedding if is_tied else Embedding(build, *self._shape(embedding))
-        self._operand: Any = self.table.weight
+        self._packed: Any = None
 
     def forward(self, hidden_LD: Tensor) -> Tensor:
         """hidden_LD -> logits_LV in the model's dtype, the same on every rank."""
-        logits_LV = self.tp.all_gather(self.ops.linear(hidden_LD, self._operand, None))
+        weight = self.table.weight if self._packed is None else self._packed
+        logits_LV = self.tp.all_gather(self.ops.linear(hidden_LD, weight, None))
         return logits_LV[:, : self.vocab_size]
 
     def finish_loading(self) -> None:
         """Let the kernel set lay the weight out anew; a tied embedding keeps its own copy for look-ups."""
         pack = getattr(self.ops, "pack_linear", None)
-        if pack is not None:
-            self._operand = pack(self.table.weight.data)
+        if pack is None:
+            return
+        self._packed = pack(self.table.weight.data)
+        if not self.is_tied:
+            del self.table.weight
 
     @staticmethod
     def _shape(embedding: Embedding) -> tuple[int, int]:

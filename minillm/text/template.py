@@ -33,6 +33,8 @@ MAX_TURNS = 1_000_000
 MAX_SECONDS = 10.0
 MAX_VALUE = 1 << 24
 """Characters or entries of a value that the template computes."""
+MAX_ENTRIES = 1 << 20
+"""Entries of a list and of all lists in it, when it becomes text."""
 MAX_NUMBER = 1 << 16
 """Largest whole number given to a filter or method: no padding or repetition beyond it."""
 MAX_BITS = 64
@@ -43,7 +45,9 @@ FILTERS = (
     "lower map max min reject rejectattr replace reverse round safe select selectattr slice sort string sum title trim "
     "truncate unique upper urlencode wordcount"
 ).split()
-GROWING_METHODS = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill", "translate")
+GROWING_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
+SHALLOW_FILTERS = ("count", "first", "last", "length")
+"""Filters that look at no more than one entry of a list."""
 WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)")
 
 
@@ -94,7 +98,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag], finalize=check_depth
+        )
         own = {name: self.filters[name] for name in FILTERS} | {"tojson": to_json}
         self.filters = {name: limited(name, call) for name, call in own.items()}
         self.globals = {
@@ -115,6 +121,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return meter.turn()
 
     @staticmethod
+    def check_depth(value: Any) -> Any:
+        """`check_depth`, for templates' code to call."""
+        return check_depth(value)
+
+    @staticmethod
     def check_size(value: Any) -> Any:
         """The value, unless it has grown too large."""
         if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_VALUE:
@@ -127,14 +138,22 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Refuse str.format, whose widths grow texts at will."""
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("the method format")
+        return None
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Arithmetic whose result stays small."""
         if operator == "*":
             check_product(left, right)
         elif operator == "**" and not (abs(left) < 1 << MAX_BITS and abs(right) <= MAX_BITS):
             raise SecurityError("a power of large numbers")
-        elif operator == "%" and isinstance(left, str) and WIDTH.search(left):
-            raise SecurityError("a format with a large width")
+        elif operator == "%" and isinstance(left, str):
+            check_depth(right)
+            if WIDTH.search(left):
+                raise SecurityError("a format with a large width")
         return self.check_size(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, *args: Any, **values: Any) -> Any:  # noqa: N804 (jinja's own signature)
@@ -152,11 +171,26 @@ def limited(name: str, filter_call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(filter_call)  # keeps jinja's marks: which filters take the environment or context first
     def call(*args: Any, **values: Any) -> Any:
         plain = args[1:] if hasattr(filter_call, "jinja_pass_arg") else args
+        if name not in SHALLOW_FILTERS:
+            check_depth(plain)
         check_growth(name, (*plain, *values.values()))
         check_numbers((*plain[1:], *values.values()))
         return TemplateEnvironment.check_size(filter_call(*args, **values))
 
     return call
+
+
+def check_depth(value: Any) -> Any:
+    """The value, unless its text would be large because lists hold each other many times. Raises SecurityError."""
+    left, num_entries = [value], 0
+    while left:
+        item = left.pop()
+        if isinstance(item, (list, tuple, dict)):
+            num_entries += len(item)
+            if num_entries > MAX_ENTRIES:
+                raise SecurityError(f"a list of more than {MAX_ENTRIES} entries in all")
+            left.extend(item.values() if isinstance(item, dict) else item)
+    return value
 
 
 def check_numbers(values: Sequence[Any]) -> None:
@@ -225,7 +259,8 @@ def metered(tree: nodes.Template) -> nodes.Template:
         if isinstance(loop, nodes.For) and loop.test is not None:
             loop.test = nodes.And(call("take_turn"), loop.test)
     for concat in list(tree.find_all(nodes.Concat)):
-        concat.nodes = [call("check_size", nodes.Concat(concat.nodes))]
+        parts = [call("check_depth", part) for part in concat.nodes]
+        concat.nodes = [call("check_size", nodes.Concat(parts))]
     tree.set_environment(tree.environment)
     for node in tree.find_all(nodes.Node):
         node.lineno = node.lineno or 1
