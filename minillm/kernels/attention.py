@@ -110,7 +110,12 @@ def find_row(query_starts_ptr, slot, first_row, num_rows, TILE_QUERIES: tl.const
     return first_row + low, row_start, slot - ((row_start - first_query) // TILE_QUERIES + low)
 
 
-@triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
+# The integer tensors are slices of a packed buffer: their alignment changes from step to step and must not recompile.
+@triton.jit(
+    do_not_specialize=[
+        "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "first_row", "num_rows",
+    ]
+)  # fmt: skip
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, block_tables_ptr, rows_ptr, query_starts_ptr, context_lens_ptr,
     scale_log2, table_stride, first_row, num_rows,

@@ -39,7 +39,7 @@ def segment_size(num_keys, MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr
     return tl.maximum(MIN_SEGMENT, tl.cdiv(tl.cdiv(num_keys, MAX_SEGMENTS), TILE_KEYS) * TILE_KEYS)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows"])
+@triton.jit(do_not_specialize=["rows_ptr", "context_lens_ptr", "table_stride", "num_rows"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, block_tables_ptr, rows_ptr, context_lens_ptr,
     scale_log2, table_stride, num_rows,
@@ -102,7 +102,7 @@ def decode_kernel(
             tl.store(total_ptr + parts, total, mask=group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["context_lens_ptr"])
 def merge_kernel(
     acc_ptr, top_ptr, total_ptr, out_ptr, context_lens_ptr,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, TILE_KEYS: tl.constexpr,

@@ -96,7 +96,7 @@ def norm_halves(first, second, weight_ptr, dims, mask, eps, HEAD_SIZE: tl.conste
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def rotary_kernel(
     qkv_ptr, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HALF: tl.constexpr,
