@@ -20,7 +20,7 @@ __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "attention",
-    "best_dtype",
+    "default_dtype",
     "linear",
     "pack_linear",
     "rms_norm",
@@ -207,8 +207,8 @@ def gather(pages_XY: Tensor, tables_g2KM: Tensor, context: int, block_size: int)
 def attend_chunk(q_nNH: Tensor, kv_2KcH: Tensor, scale: float, out_nNH: Tensor) -> None:
     """Attention of a row with several queries, tile by tile of them, into `out_nNH`.
 
-        keys     0 ........... c - n .. c        tile [i, j) of the queries reads keys [0, c - n + j)
-        queries                0 ...... n        and needs a mask on its last j - i columns only
+    keys     0 ........... c - n ... c        tile [i, j) of the queries reads keys [0, c - n + j)
+    queries                0 ....... n        and needs a mask on its last j - i columns only
     """
     num_queries, num_heads, head_size = q_nNH.shape
     _, num_kv_heads, context, _ = kv_2KcH.shape
@@ -286,7 +286,7 @@ def kept_tokens(scores_V: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     return ids_X[keep_mask(scores_V[ids_X][None], off_1, share_1, min_p_1)[0]]
 
 
-def best_dtype() -> torch.dtype:
+def default_dtype() -> torch.dtype:
     """What "auto" is on a CPU, as measured: fp32 keeps up with bf16 on one stream, and beats it in prompts and batches.
 
     bf16 products are fast with matrix units (AMX) only.
