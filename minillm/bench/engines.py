@@ -6,7 +6,6 @@ that engine; files of a model are read by MiniLLM and transformers alike.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import tempfile
@@ -76,6 +75,7 @@ class OwnEngine:
 
     def close(self) -> None:
         self._llm.close()
+        del self._llm
 
 
 class TransformersEngine:
@@ -169,8 +169,8 @@ class VLLMEngine:
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        gc.collect()
 
 
 ENGINES: Mapping[str, Callable[[Job], BenchEngine]] = MappingProxyType(

@@ -7,6 +7,7 @@ On a CPU engines take turns, run by run; on a GPU, where each takes the memory, 
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -120,6 +121,7 @@ def one_after_another(job: Job, engines: Sequence[str], num_runs: int) -> Iterat
     """Each engine loaded, run and closed before the next."""
     for name in engines:
         yield from taking_turns(job, [name], num_runs)
+        gc.collect()
         torch.cuda.empty_cache()
 
 
