@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from minillm.errors import RequestError
 
@@ -14,7 +14,7 @@ MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended. Each request ends exactly once."""
 
     STOP = "stop"  # an end token, a stop token or a stop string
@@ -39,7 +39,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the most likely one, in [0, 1]."""
     seed: int | None = None
-    """Noise of this request, 0 to 2**63-1; None draws one. The same seed gives the same tokens, whatever runs beside it."""
+    """Noise of this request, 0 to 2**63-1; None draws one. The same seed gives the same tokens in any company."""
     stop: tuple[str, ...] | list[str] | str = ()
     """End when one of these strings appears; it is not part of the text."""
     stop_token_ids: tuple[int, ...] | list[int] = ()

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minillm.errors import CheckpointError
-from minillm.model.parallel import Vector
+from minillm.model.parallel import Linear, Vector
 from minillm.model.stored import DENSE, StoredTensor
 from minillm.model.transformer import Transformer
 
@@ -63,14 +63,17 @@ def listed(names: list[str]) -> str:
 
 @torch.inference_mode()
 def fill_random(model: Transformer, seed: int) -> None:
-    """Seeded normal weights of deviation 0.02, norms of 1, made where the model lives."""
+    """Seeded normal weights, made where the model lives: matrices that keep the size of what they multiply, embeddings
+    so small that the layers, not the last token alone, decide the next one, and norms of 1.
+    """
     generator = torch.Generator(device=model.cos_sin_EH.device).manual_seed(seed)
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if isinstance(module, Vector):
                 weight.fill_(1.0)
             else:
-                weight.normal_(0.0, 0.02, generator=generator)
+                deviation = weight.shape[-1] ** -0.5 if isinstance(module, Linear) else 0.02
+                weight.normal_(0.0, deviation, generator=generator)
     model.finish_loading()
 
 

@@ -1,0 +1,178 @@
+"""The engine: token ids in, token ids out, one step at a time. It joins scheduler and runner and keeps the clock.
+
+It knows no text, no HTTP and no threads: whoever calls `step` drives it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from minillm.core.plan import RowParams
+from minillm.core.request import Request
+from minillm.core.scheduler import Scheduler
+from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
+from minillm.engine.metrics import Metrics
+from minillm.errors import EngineError, RequestError
+from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings
+
+
+class Generation:
+    """A request as the engine's callers see it: its tokens so far, its end, its times."""
+
+    __slots__ = ("_num_taken", "params", "request", "timings")
+
+    def __init__(self, request: Request, params: SamplingParams) -> None:
+        self.request, self.params = request, params
+        self.timings = Timings(arrival=request.arrival, num_prompt_tokens=request.num_prompt)
+        self._num_taken = request.num_prompt
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended, or None."""
+        return self.request.finish_reason
+
+    def take_new_tokens(self) -> list[int]:
+        """Output tokens that were not taken before."""
+        tokens = list(self.request.tokens[self._num_taken :])
+        self._num_taken += len(tokens)
+        return tokens
+
+    def note(self, now: float) -> None:
+        """Copy times and counts from the request; `now` is when its new tokens arrived."""
+        request, timings = self.request, self.timings
+        num_new = len(request.tokens) - request.num_prompt - len(timings.token_times)
+        timings.token_times.extend([now] * num_new)
+        timings.first_planned = request.first_planned
+        timings.num_cached_tokens = request.num_cached_tokens
+        timings.num_chunks = request.num_chunks
+        timings.num_preemptions = request.num_preemptions
+        if request.finish_reason is not None:
+            timings.finished = now
+
+
+class Engine:
+    """Runs requests to their ends. Every accepted request ends exactly once, also when a step fails."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        overlap: bool = True,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler, self.runner, self.clock = scheduler, runner, clock
+        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self.metrics = Metrics()
+        self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
+        self._in_flight: InFlight | None = None
+        self._live: dict[int, Generation] = {}
+        self._seeds = random.Random(seed)
+        self._num_added = 0
+        self._failure: BaseException | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished or a step in flight."""
+        return bool(self._live) or self._in_flight is not None
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise RequestError if this request can never be served; change nothing."""
+        for at, token in enumerate(prompt):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"prompt token {at} is {token!r}; token ids are integers from 0 to {self.vocab_size - 1}"
+                )
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise RequestError(f"stop_token_ids has {token}; the last token id is {self.vocab_size - 1}")
+        reason = self.scheduler.check(len(prompt), params.max_tokens)
+        if reason is not None:
+            raise RequestError(reason)
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Generation:
+        """Queue a request. Raises RequestError, or EngineError once a step has failed."""
+        if self._failure is not None:
+            raise EngineError(f"the engine stopped: {self._failure}") from self._failure
+        self.check(prompt, params)
+        self._num_added += 1
+        seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
+        stop_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_token_ids |= frozenset(self.eos_token_ids)
+        request = Request(
+            self._num_added,
+            prompt,
+            max_tokens=params.max_tokens,
+            params=RowParams(params.temperature, max(0, params.top_k), params.top_p, params.min_p, seed),
+            stop_token_ids=stop_token_ids,
+            priority=priority,
+            arrival=self.clock(),
+        )
+        self.scheduler.add(request)
+        generation = Generation(request, params)
+        self._live[request.number] = generation
+        self.metrics.num_requests += 1
+        return generation
+
+    def finish(self, generation: Generation, reason: FinishReason) -> None:
+        """End a request now, in whatever state it is: a stop string was seen, or its caller went away."""
+        if self.scheduler.finish(generation.request.number, reason) is not None:
+            self._note(generation, self.clock())
+
+    def step(self) -> list[Generation]:
+        """One turn of the loop; returns the requests that gained tokens or ended.
+
+        Raises EngineError, with every request ended as `error`, if the step fails.
+        """
+        try:
+            done = self._advance(self.scheduler, self.runner, self.clock, self._in_flight)
+        except Exception as failure:
+            self._fail(failure)
+            raise EngineError(f"a step failed, and all requests with it: {failure}") from failure
+        self._in_flight = done.in_flight
+        now = self.clock()
+        changed = [self._live[r.number] for r in done.changed if r.number in self._live]
+        for generation in changed:
+            self._note(generation, now)
+        self._count(done)
+        return changed
+
+    def abort_all(self) -> None:
+        """End every request and wait for the step in flight."""
+        for generation in list(self._live.values()):
+            self.finish(generation, FinishReason.ABORT)
+        while self._in_flight is not None and self._failure is None:
+            self.step()
+
+    def _note(self, generation: Generation, now: float) -> None:
+        generation.note(now)
+        if generation.finish_reason is not None:
+            del self._live[generation.request.number]
+            metrics, timings = self.metrics, generation.timings
+            metrics.num_finished += 1
+            metrics.num_prompt_tokens += timings.num_prompt_tokens
+            metrics.num_cached_tokens += timings.num_cached_tokens
+            metrics.num_output_tokens += len(timings.token_times)
+            metrics.num_preemptions += timings.num_preemptions
+
+    def _count(self, done: Advance) -> None:
+        metrics = self.metrics
+        if done.planned is not None:
+            metrics.num_steps += 1
+            metrics.num_batched_tokens += done.planned.num_batched_tokens
+        if done.result is not None:
+            metrics.device_seconds += done.result.seconds
+        metrics.num_running, metrics.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
+        metrics.kv_usage = self.scheduler.kv_usage
+        metrics.kv_utilization = self.scheduler.kv_utilization
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure, self._in_flight = failure, None
+        for generation in list(self._live.values()):
+            self.finish(generation, FinishReason.ERROR)

@@ -1,0 +1,57 @@
+"""From tokens to text: one request's detokeniser and stop strings, and the RequestOutput at its end. No torch."""
+
+from __future__ import annotations
+
+from minillm.engine.engine import Engine, Generation
+from minillm.text.detokenizer import Detokenizer
+from minillm.text.stop import StopMatcher
+from minillm.text.tokenizer import Tokenizer
+from minillm.types import CompletionOutput, FinishReason, RequestOutput
+
+
+class TextStream:
+    """Turns a generation's tokens into text as they come, and ends it at a stop string."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, generation: Generation, prompt: list[int]) -> None:
+        self.generation = generation
+        self._engine, self._prompt = engine, prompt
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._matcher = StopMatcher(generation.params.stop_strings)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the request has ended."""
+        return self.generation.finish_reason is not None
+
+    def advance(self) -> str:
+        """Take the new tokens; return the text that is now certain."""
+        tokens = self.generation.take_new_tokens()
+        piece = "".join(self._read(token) for token in tokens if not self._matcher.is_matched)
+        if self._matcher.is_matched:
+            self._engine.finish(self.generation, FinishReason.STOP)
+        elif self.is_done:
+            piece += self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish()
+        self._pieces.append(piece)
+        return piece
+
+    def output(self, request_id: str) -> RequestOutput:
+        """The finished request."""
+        text, reason = "".join(self._pieces), self.generation.finish_reason
+        completion = CompletionOutput(index=0, text=text, token_ids=self.token_ids, finish_reason=reason)
+        return RequestOutput(
+            request_id=request_id,
+            prompt_token_ids=self._prompt,
+            text=text,
+            token_ids=self.token_ids,
+            finish_reason=reason,
+            timings=self.generation.timings,
+            completions=[completion],
+        )
+
+    def _read(self, token: int) -> str:
+        self.token_ids.append(token)
+        if self.generation.request.is_stop_token(token):
+            return ""  # an end token is billed and reported, but is no text
+        return self._matcher.feed(self._detokenizer.feed(token))

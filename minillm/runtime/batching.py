@@ -1,0 +1,110 @@
+"""StepPlan -> one flat int32 buffer: everything that a step needs from the host, so that it takes one copy.
+
+It knows columns, not tensors: the runner copies the words and `kernels.step_inputs` expands them on the device.
+
+    | seats R | starts R | counts R | query starts R | token offsets R | tokens | logit rows L | logit seats L |
+    | block places B | blocks B | seated rows N | parameters 6 N | copies from C | copies to C |
+
+Rows with one token come first, each group in the plan's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.core.plan import StepPlan
+from minillm.runtime.rows import Rows
+
+NUM_ROW_COLUMNS = 5
+
+
+@dataclass(slots=True, kw_only=True)
+class StepWords:
+    """The sections of a step's buffer in order, and what the host knows about the step."""
+
+    sections: tuple[np.ndarray, ...]
+    """int32 arrays: row columns, tokens, logit rows, logit seats, places, blocks, seated rows, parameters, from, to."""
+    order: np.ndarray
+    """Planned row of each row of the batch."""
+    num_logits: np.ndarray
+    """Logits per row of the batch."""
+    num_rows: int
+    num_tokens: int
+    num_decodes: int
+    max_query_len: int
+    max_context_len: int
+    is_random: bool
+    is_filtered: bool
+
+    @property
+    def size(self) -> int:
+        """Words in all."""
+        return sum(s.size for s in self.sections)
+
+    def offsets(self) -> Iterator[tuple[int, int]]:
+        """Begin and end of each section in the buffer."""
+        at = 0
+        for section in self.sections:
+            yield at, at + section.size
+            at += section.size
+
+
+def step_words(plan: StepPlan, rows: Rows) -> StepWords:
+    """Lay a plan out as words, and note its new seats in `rows`' host state."""
+    seated_rows, params = rows.seat(plan)
+    places, blocks = rows.block_words(plan)
+    counts = column(plan.counts)
+    is_long = counts > 1
+    order = np.argsort(is_long, kind="stable")
+    counts, is_long = counts[order], is_long[order]
+    num_tokens = column(plan.num_tokens)
+    token_offsets = np.where(num_tokens > 0, np.cumsum(num_tokens) - num_tokens, -1)[order]
+    ends = np.cumsum(counts, dtype=np.int32)
+    starts = column(plan.starts)[order]
+    seats = column(plan.rows)[order]
+    num_logits = column(plan.num_logits)[order]
+    logit_seats = np.repeat(seats, num_logits)
+    copies = column(plan.copies).reshape(-1, 2)
+    columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
+    return StepWords(
+        sections=(
+            columns.reshape(-1),
+            column(plan.tokens),
+            trailing(ends, num_logits),
+            logit_seats,
+            places,
+            blocks,
+            seated_rows,
+            params.reshape(-1),
+            copies[:, 0],
+            copies[:, 1],
+        ),
+        order=order,
+        num_logits=num_logits,
+        num_rows=len(order),
+        num_tokens=int(ends[-1]),
+        num_decodes=int(len(order) - is_long.sum()),
+        max_query_len=int(counts.max()),
+        max_context_len=int((starts + counts).max()),
+        is_random=bool(rows.is_random_S[logit_seats].any()),
+        is_filtered=bool(rows.is_filtered_S[logit_seats].any()),
+    )
+
+
+def column(values: object) -> np.ndarray:
+    """An array('i') as a numpy view."""
+    return np.frombuffer(values, np.int32)  # type: ignore[call-overload, no-any-return]
+
+
+def trailing(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The last counts[i] indices before ends[i], for every i, flat.
+
+    >>> trailing(np.array([3, 9]), np.array([1, 2])).tolist()
+    [2, 7, 8]
+    """
+    first = np.repeat(ends - counts, counts)
+    within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (first + within).astype(np.int32)

@@ -1,0 +1,69 @@
+"""Device state of running requests: one row (seat) each, changed only by the deltas of plans.
+
+It knows no requests, only seats: block tables, sampling parameters and the last sampled token. Row 0 is a dummy
+that padding points at; its table leads to block 0, which no request owns.
+
+Shapes: S seats (row 0 included), M blocks a seat can hold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.core.plan import RowParams, StepPlan
+
+# Columns of a row's parameters, as 32-bit words: temperature, top_k, top_p, min_p, seed (low word, high word).
+NUM_PARAM_WORDS = 6
+
+
+class Rows:
+    """Resident tensors by seat. `block_words` and `param_words` turn a plan's deltas into words to be scattered."""
+
+    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.max_blocks = max_blocks
+        self.block_tables_SM = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        self.last_tokens_S = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.params_S6 = torch.zeros(num_rows, NUM_PARAM_WORDS, dtype=torch.int32, device=device)
+        # The host's copy of what decides which kernels run.
+        self.is_random_S = np.zeros(num_rows, dtype=bool)
+        self.is_filtered_S = np.zeros(num_rows, dtype=bool)
+
+    def seat(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Note the plan's new seats on the host; return their rows and parameter words, int32 [n] and [n, 6]."""
+        rows = np.fromiter((s.row for s in plan.seats), np.int32, len(plan.seats))
+        words = np.zeros((len(rows), NUM_PARAM_WORDS), np.int32)
+        for i, seat in enumerate(plan.seats):
+            words[i] = param_words(seat.params)
+            self.is_random_S[seat.row] = seat.params.temperature > 0
+            self.is_filtered_S[seat.row] = seat.params.temperature > 0 and is_filtered(seat.params)
+        return rows, words
+
+    def block_words(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Flat places in the block tables and what goes there, int32 [n] each: new seats' tables, then the rest."""
+        triples = np.frombuffer(plan.blocks, np.int32).reshape(-1, 3)
+        places = [np.arange(len(s.blocks), dtype=np.int32) + s.row * self.max_blocks for s in plan.seats]
+        blocks = [np.frombuffer(s.blocks, np.int32) for s in plan.seats]
+        places.append(triples[:, 0] * self.max_blocks + triples[:, 1])
+        blocks.append(triples[:, 2])
+        return np.concatenate(places), np.concatenate(blocks)
+
+    def scatter(self, places: Tensor, blocks: Tensor, rows: Tensor, words: Tensor) -> None:
+        """Apply block-table entries and parameters, already on the device."""
+        if places.numel():
+            self.block_tables_SM.view(-1)[places] = blocks
+        if rows.numel():
+            self.params_S6[rows] = words
+
+
+def param_words(params: RowParams) -> np.ndarray:
+    """A row's parameters as six 32-bit words; floats and the seed keep their bits."""
+    floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32)
+    seed = np.array([params.seed], np.int64).view(np.int32)
+    return np.array([floats[0], params.top_k, floats[1], floats[2], seed[0], seed[1]], np.int32)
+
+
+def is_filtered(params: RowParams) -> bool:
+    """Whether top_k, top_p or min_p can drop a token."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0

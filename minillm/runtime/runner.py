@@ -1,0 +1,169 @@
+"""Runs plans on one device: `submit` enqueues a step and never waits, `Pending.wait` waits for that step alone.
+
+It owns the weights, the KV memory and the rows' device state, and obeys plans. It knows no requests and no policy.
+A GPU is asynchronous by itself; on a CPU steps run in order on one worker thread, so that both loops work alike.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.core.plan import StepPlan, StepResult
+from minillm.kernels.step_inputs import expand_step_inputs
+from minillm.model.batch import ForwardBatch
+from minillm.model.transformer import Transformer
+from minillm.runtime.batching import NUM_ROW_COLUMNS, StepWords, step_words
+from minillm.runtime.rows import NUM_PARAM_WORDS, Rows
+from minillm.runtime.verify import verified
+
+NOT_FINITE = -1
+"""In place of a token: this row's logits were not finite."""
+
+
+class Pending:
+    """A step on its way. `wait` blocks until its own tokens have arrived on the host."""
+
+    def __init__(self, plan: StepPlan, words: StepWords, arrive: Callable[[], tuple[np.ndarray, float]]) -> None:
+        self._plan, self._words, self._arrive = plan, words, arrive
+
+    def wait(self) -> StepResult:
+        """The step's result, in the order of the plan's rows; raises what the step raised."""
+        samples, seconds = self._arrive()
+        return step_result(self._plan, self._words, samples, seconds)
+
+
+class Runner:
+    """One device's share of the engine: `submit(plan).wait()` gives a StepResult."""
+
+    def __init__(self, model: Transformer, ops: ModuleType, kv_cache: Tensor, rows: Rows) -> None:
+        self.model, self.ops, self.kv_cache, self.rows = model, ops, kv_cache, rows
+        self.device = kv_cache.device
+        self.block_size = kv_cache.shape[4]
+        self._worker = ThreadPoolExecutor(1, "minillm-step") if self.device.type == "cpu" else None
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Enqueue a step."""
+        words = step_words(plan, self.rows)
+        if self._worker is not None:
+            return Pending(plan, words, self._worker.submit(self._run_here, words).result)
+        return Pending(plan, words, self._launch(words))
+
+    def close(self) -> None:
+        """Let go of the worker thread; steps already submitted finish."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    def _run_here(self, words: StepWords) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        samples = self._step(words)
+        return samples.numpy(), time.perf_counter() - start
+
+    def _launch(self, words: StepWords) -> Callable[[], tuple[np.ndarray, float]]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        samples = self._step(words)
+        # The host copy comes from torch's pinned pool, which keeps it until the stream has passed this point.
+        on_host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+        on_host.copy_(samples, non_blocking=True)
+        end.record()
+
+        def arrive() -> tuple[np.ndarray, float]:
+            end.synchronize()
+            return on_host.numpy(), begin.elapsed_time(end) / 1e3
+
+        return arrive
+
+    @torch.inference_mode()
+    def _step(self, words: StepWords) -> Tensor:
+        """Apply the deltas, run the model, sample; int32 [L] on the device, NOT_FINITE where a row failed."""
+        sections = self._to_device(words)
+        columns, tokens, logit_rows, logit_seats, places, blocks, seated, params, copy_from, copy_to = sections
+        self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
+        if copy_from.numel():
+            self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
+        batch = self._batch(words, columns.view(NUM_ROW_COLUMNS, -1), tokens, logit_rows.long())
+        logits_LV = self.model(batch, self.kv_cache)
+        if not words.num_logits.any():
+            return logit_rows
+        return self._sample(words, batch, logits_LV, logit_seats)
+
+    def _to_device(self, words: StepWords) -> list[Tensor]:
+        host = torch.empty(words.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        np.concatenate(words.sections, out=host.numpy())
+        flat = host.to(self.device, non_blocking=True)
+        return [flat[begin:end] for begin, end in words.offsets()]
+
+    def _batch(self, words: StepWords, columns_5R: Tensor, tokens: Tensor, logit_rows_L: Tensor) -> ForwardBatch:
+        expanded = expand_step_inputs(
+            columns_5R,
+            tokens,
+            block_tables_SM=self.rows.block_tables_SM,
+            last_tokens_S=self.rows.last_tokens_S,
+            block_size=self.block_size,
+            num_tokens=words.num_tokens,
+        )
+        return ForwardBatch(
+            input_ids_T=expanded.input_ids_T,
+            positions_T=expanded.positions_T,
+            slots_T=expanded.slots_T,
+            query_starts_R1=expanded.query_starts_R1,
+            context_lens_R=expanded.context_lens_R,
+            rows_R=columns_5R[0],
+            block_tables_SM=self.rows.block_tables_SM,
+            logit_rows_L=logit_rows_L,
+            num_decodes=words.num_decodes,
+            max_query_len=words.max_query_len,
+            max_context_len=words.max_context_len,
+        )
+
+    def _sample(self, words: StepWords, batch: ForwardBatch, logits_LV: Tensor, seats_L: Tensor) -> Tensor:
+        params_L6 = self.rows.params_S6[seats_L]
+        floats_L6 = params_L6.view(torch.float32)
+        tokens_L, is_finite_L = self.ops.sample(
+            logits_LV,
+            temperature_L=floats_L6[:, 0],
+            top_k_L=params_L6[:, 1],
+            top_p_L=floats_L6[:, 2],
+            min_p_L=floats_L6[:, 3],
+            seeds_L=params_L6[:, 4:6].view(torch.int64)[:, 0],
+            positions_L=batch.positions_T[batch.logit_rows_L] + 1,
+            is_random=words.is_random,
+            is_filtered=words.is_filtered,
+        )
+        # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
+        self.rows.last_tokens_S[seats_L] = tokens_L
+        return torch.where(is_finite_L, tokens_L, NOT_FINITE)
+
+
+def step_result(plan: StepPlan, words: StepWords, samples: np.ndarray, seconds: float) -> StepResult:
+    """Sort the samples of a batch back into the plan's rows, keep the drafts that hold, and name the failed rows."""
+    ends = np.empty(words.num_rows, np.int64)
+    ends[words.order] = np.cumsum(words.num_logits)
+    counts = array("i", plan.num_samples)
+    if max(counts, default=0) <= 1:
+        is_sampled = np.frombuffer(counts, np.int32) > 0
+        tokens = array("i", samples[ends[is_sampled] - 1].astype(np.int32).tobytes())
+    else:
+        tokens = array("i")
+        drafts_end = np.cumsum(np.frombuffer(plan.num_tokens, np.int32))
+        for row, num_samples in enumerate(plan.num_samples):
+            end = ends[row]
+            if num_samples:
+                drafts = plan.tokens[drafts_end[row] - num_samples + 1 : drafts_end[row]] if num_samples > 1 else []
+                gained = verified(samples[end - num_samples : end].tolist(), drafts)
+                counts[row] = len(gained)
+                tokens.extend(gained)
+    failed = array("i")
+    if NOT_FINITE in tokens:
+        owners = np.repeat(np.arange(words.num_rows, dtype=np.int32), np.frombuffer(counts, np.int32))
+        is_bad = np.frombuffer(tokens, np.int32) == NOT_FINITE
+        failed.extend(np.unique(owners[is_bad]).tolist())
+    return StepResult(step=plan.step, counts=counts, tokens=tokens, failed=failed, seconds=seconds)

@@ -1,0 +1,159 @@
+"""Bad input is refused with a message that says what to change, and the requests beside it are unharmed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from minillm import LLM, SamplingParams
+from minillm.errors import ConfigError, EngineError, MemoryFitError, ModelNotFoundError, RequestError
+from minillm.types import FinishReason
+
+TINY = "random:tiny-llama"
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 128, "num_kv_blocks": 64}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(TINY, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "empty"),
+        ([5] * 128, "max_model_len"),
+        ([5] * 5000, "max_model_len"),
+        ([5, -1], "token 1 is -1"),
+        ([5, 10**6], "token 1 is 1000000"),
+        ([5, 1.5], "token 1 is 1.5"),
+        ([5, True], "token 1 is True"),
+    ],
+)
+def test_bad_prompts_name_their_index_and_start_nothing(llm: LLM, prompt: list[Any], words: str) -> None:
+    with pytest.raises(RequestError, match=f"prompt 1: .*{words}"):
+        llm.generate([[5, 6, 7], prompt], GREEDY)
+    assert not llm.engine.has_work
+
+
+def test_longer_than_the_cache() -> None:
+    with LLM(TINY, **(OPTIONS | {"num_kv_blocks": 2, "block_size": 16})) as llm:
+        with pytest.raises(RequestError, match="num_kv_blocks"):
+            llm.generate([[5] * 40], GREEDY)
+        assert len(llm.generate([[5] * 20], GREEDY)[0].token_ids) == 4
+
+
+def test_output_stops_at_the_last_position(llm: LLM) -> None:
+    out = llm.generate([[5] * 120], SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True))[0]
+    assert len(out.token_ids) == 8
+    assert out.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": math.nan},
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"top_k": -2},
+        {"top_k": 1.5},
+        {"min_p": -0.1},
+        {"min_p": math.nan},
+        {"max_tokens": 0},
+        {"max_tokens": -5},
+        {"max_tokens": True},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"stop": [""]},
+        {"stop": 5},
+        {"stop": ["a"] * 65},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": "ab"},
+        {"ignore_eos": 1},
+    ],
+)
+def test_bad_parameters_name_their_field(field: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(field))):
+        SamplingParams(**field)
+
+
+def test_unknown_options_are_errors() -> None:
+    with pytest.raises(TypeError, match="tempratur"):
+        SamplingParams(tempratur=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="max_len"):
+        LLM(TINY, max_len=5)
+
+
+def test_stop_token_out_of_range(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        llm.generate([[5]], SamplingParams(stop_token_ids=[10**6]))
+
+
+def test_params_per_prompt_must_match(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 prompts and 3"):
+        llm.generate([[5], [6]], [GREEDY] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int4"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:99"}, "device"),
+        ({"block_size": 17}, "block_size"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization"),
+        ({"min_chunk_size": 64, "max_chunk_size": 16}, "max_chunk_size"),
+        ({"max_model_len": 10**9}, "max_model_len"),
+        ({"seed": -1}, "seed"),
+        ({"overlap": "yes"}, "overlap"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LLM(TINY, **options)
+
+
+def test_a_cache_that_does_not_fit_gives_three_numbers() -> None:
+    with pytest.raises(MemoryFitError, match=r"weights .* GiB, activations .* GiB .* cache .* KiB per token.*Try"):
+        LLM(TINY, **(OPTIONS | {"num_kv_blocks": 10**9}))
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(ModelNotFoundError, match="smollm2"):
+        LLM("no-such-model")
+    with pytest.raises(ModelNotFoundError, match="tiny-llama"):
+        LLM("random:no-such-shape")
+
+
+def test_one_failing_row_fails_alone() -> None:
+    """A request whose logits are not finite ends as `error`; its neighbours' tokens do not change."""
+    with LLM(TINY, **OPTIONS) as llm:
+        expected = llm.generate([[5, 6, 7], [8, 9]], GREEDY)
+        embedding = llm._runner.model.embedding.weight
+        embedding[11] = math.nan
+        good, bad, other = llm.generate([[5, 6, 7], [11], [8, 9]], GREEDY)
+    assert bad.finish_reason is FinishReason.ERROR
+    assert [good.token_ids, other.token_ids] == [out.token_ids for out in expected]
+
+
+def test_a_failing_step_ends_every_request_once() -> None:
+    with LLM(TINY, **OPTIONS) as llm:
+        generations = [llm.engine.add([5, 6, 7], GREEDY) for _ in range(3)]
+        llm._runner.kv_cache = None  # type: ignore[assignment]
+        with pytest.raises(EngineError, match="a step failed"):
+            while llm.engine.has_work:
+                llm.engine.step()
+        assert [g.finish_reason for g in generations] == [FinishReason.ERROR] * 3
+        with pytest.raises(EngineError, match="stopped"):
+            llm.generate([[5]], GREEDY)

@@ -1,0 +1,130 @@
+"""The engine's contract: in fp32 the same tokens, greedy and seeded, whatever the budget, block size, company, prefix
+cache, preemption or loop. Neighbours change the order of sums inside matrix products, so the prompts that are compared
+are those whose every choice has a margin, and the test counts them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from minillm import LLM, SamplingParams
+
+NUM_OUTPUT = 12
+MARGIN = 1e-3
+BASE = {
+    "dtype": "float32",
+    "device": "cpu",
+    "block_size": 16,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 40,
+    "max_model_len": 256,
+    "num_kv_blocks": 700,
+    "enable_prefix_caching": False,
+    "overlap": False,
+}
+VARIANTS = {
+    "budget 16": {"max_num_batched_tokens": 16},
+    "budget 64": {"max_num_batched_tokens": 64},
+    "budget 512": {"max_num_batched_tokens": 512},
+    "whole prompt": {"enable_chunked_prefill": False},
+    "chunks of 20 to 33": {"min_chunk_size": 20, "max_chunk_size": 33},
+    "blocks of 32": {"block_size": 32, "num_kv_blocks": 350},
+    "prefix cache": {"enable_prefix_caching": True},
+    "prefix cache, blocks of 32, budget 64": {
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "num_kv_blocks": 350,
+        "max_num_batched_tokens": 64,
+    },
+    "overlap": {"overlap": True},
+    "overlap, prefix cache, budget 64": {"overlap": True, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
+    "preemption": {"num_kv_blocks": 30},
+    "preemption, overlap, prefix cache": {"num_kv_blocks": 30, "overlap": True, "enable_prefix_caching": True},
+}
+PARAMS = {
+    "greedy": [SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT, ignore_eos=True)] * 6,
+    "seeded": [
+        SamplingParams(
+            temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=i, max_tokens=NUM_OUTPUT, ignore_eos=True
+        )
+        for i in range(6)
+    ],
+}
+
+
+def prompts() -> list[list[int]]:
+    """Lengths at and beside the edges of blocks; the last two share a prefix. The seed gives choices with margins."""
+    rng = random.Random(14)
+    ids = [[rng.randrange(5, 250) for _ in range(n)] for n in (1, 16, 33, 100)]
+    prefix = [rng.randrange(5, 250) for _ in range(64)]
+    return [*ids, [*prefix, 7], [*prefix, 9, 11]]
+
+
+def others() -> list[list[int]]:
+    """32 neighbours, some of which start like the prompts under test."""
+    rng = random.Random(6)
+    mixed = [[rng.randrange(5, 250) for _ in range(rng.randrange(1, 90))] for _ in range(28)]
+    return mixed + [prompts()[-1][:40] + [i] for i in range(4)]
+
+
+def tokens_of(llm: LLM, batch: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+    return [out.token_ids for out in llm.generate(batch, params)]
+
+
+@pytest.fixture(scope="module", params=["random:tiny-llama", "random:tiny-qwen3"])
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(model: str) -> dict[str, list[list[int]]]:
+    """Each prompt by itself, in the plain loop: the reference."""
+    with LLM(model, **BASE) as llm:
+        return {
+            kind: [tokens_of(llm, [p], [s])[0] for p, s in zip(prompts(), params, strict=True)]
+            for kind, params in PARAMS.items()
+        }
+
+
+def smallest_margin(llm: LLM, prompt: list[int], output: list[int]) -> float:
+    """The smallest gap between the two best logits over the choices of a greedy output."""
+    logits = torch.stack([logits_after(llm, prompt + output[:i]) for i in range(len(output))])
+    best = logits.topk(2).values
+    return float((best[:, 0] - best[:, 1]).min())
+
+
+def logits_after(llm: LLM, ids: list[int]) -> torch.Tensor:
+    """Logits of the last position, by one pass of the engine's own model over all of `ids`."""
+    from tests.engine.forward import forward_logits
+
+    return forward_logits(llm, ids)[-1]
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_tokens(model: str, alone: dict[str, list[list[int]]], variant: str, kind: str) -> None:
+    with LLM(model, **(BASE | VARIANTS[variant])) as llm:
+        got = tokens_of(llm, prompts(), PARAMS[kind])
+        if "preemption" in variant:  # crowd the cache until requests lose their seats
+            crowd = [SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)] * 12
+            got = tokens_of(llm, [*prompts(), *others()[:12]], [*PARAMS[kind], *crowd])[: len(PARAMS[kind])]
+            assert llm.engine.metrics.num_preemptions > 0, "nothing was preempted: the case tests nothing"
+        if "prefix cache" in variant:
+            again = tokens_of(llm, prompts(), PARAMS[kind])
+            assert llm.engine.metrics.num_cached_tokens > 0, "nothing was cached: the case tests nothing"
+            assert again == alone[kind]
+    assert got == alone[kind]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_neighbours_do_not_matter(model: str, alone: dict[str, list[list[int]]], overlap: bool) -> None:
+    neighbours = [SamplingParams(temperature=1.0, max_tokens=5 + i, seed=i, ignore_eos=True) for i in range(32)]
+    with LLM(model, **(BASE | {"overlap": overlap, "enable_prefix_caching": True})) as llm:
+        for kind, params in PARAMS.items():
+            got = tokens_of(llm, [*prompts(), *others()], [*params, *neighbours])[: len(params)]
+            assert got == alone[kind]
+        margins = [smallest_margin(llm, p, out) for p, out in zip(prompts(), alone["greedy"], strict=True)]
+    assert min(margins) > MARGIN, f"these prompts have near-ties and prove nothing: {margins}"

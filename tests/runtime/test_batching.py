@@ -1,0 +1,109 @@
+"""A plan becomes one flat buffer, and samples of the batch go back to the plan's rows."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import torch
+
+from minillm.core.plan import RowParams, Seat, StepPlan
+from minillm.runtime.batching import step_words
+from minillm.runtime.rows import Rows, param_words
+from minillm.runtime.runner import NOT_FINITE, step_result
+from minillm.runtime.verify import verified
+
+PLAIN = RowParams(0.0, 0, 1.0, 0.0, 1)
+
+
+def make_plan(*works: tuple[int, int, int, list[int]], samples: list[int]) -> StepPlan:
+    """Rows as (row, start, count, tokens)."""
+    plan = StepPlan(step=1)
+    for (row, start, count, tokens), num_samples in zip(works, samples, strict=True):
+        plan.requests.append(100 + row)
+        plan.rows.append(row)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.num_logits.append(num_samples)
+        plan.num_samples.append(num_samples)
+        plan.num_tokens.append(len(tokens))
+        plan.tokens.extend(tokens)
+    return plan
+
+
+def test_single_tokens_come_first_and_offsets_follow() -> None:
+    plan = make_plan((3, 0, 3, [7, 8, 9]), (1, 40, 1, []), (2, 16, 2, [5, 6]), (4, 9, 1, [2]), samples=[0, 1, 1, 1])
+    words = step_words(plan, Rows(8, 4, torch.device("cpu")))
+    columns = words.sections[0].reshape(5, -1)
+    assert words.order.tolist() == [1, 3, 0, 2]
+    assert words.num_decodes == 2
+    assert columns.tolist() == [[1, 4, 3, 2], [40, 9, 0, 16], [1, 1, 3, 2], [0, 1, 2, 5], [-1, 5, 0, 3]]
+    assert words.sections[2].tolist() == [0, 1, 6]
+    assert words.sections[3].tolist() == [1, 4, 2]
+    assert (words.num_tokens, words.max_query_len, words.max_context_len) == (7, 3, 41)
+
+
+def test_flags_follow_the_sampled_rows_only() -> None:
+    rows = Rows(4, 4, torch.device("cpu"))
+    plan = make_plan((1, 0, 2, [1, 2]), (2, 0, 1, [3]), samples=[0, 1])
+    plan.seats = (
+        Seat(1, 101, array("i", [1]), RowParams(1.0, 5, 1.0, 0.0, 3)),
+        Seat(2, 102, array("i", [2]), PLAIN),
+    )
+    words = step_words(plan, rows)
+    assert not words.is_random
+    assert not words.is_filtered
+    later = make_plan((1, 2, 1, [3]), samples=[1])
+    words = step_words(later, rows)
+    assert words.is_random
+    assert words.is_filtered
+
+
+def test_seats_and_blocks_reach_the_tables() -> None:
+    rows = Rows(4, 4, torch.device("cpu"))
+    plan = make_plan((2, 0, 1, [3]), samples=[1])
+    plan.seats = (Seat(2, 9, array("i", [11, 12]), PLAIN),)
+    plan.blocks = array("i", [1, 3, 13])
+    words = step_words(plan, rows)
+    places, blocks, seated, params = (torch.from_numpy(s.copy()) for s in words.sections[4:8])
+    rows.scatter(places, blocks, seated, params.view(1, -1))
+    assert rows.block_tables_SM[2, :2].tolist() == [11, 12]
+    assert rows.block_tables_SM[1, 3] == 13
+    assert np.array_equal(rows.params_S6[2].numpy(), param_words(PLAIN))
+
+
+def test_parameter_words_keep_their_bits() -> None:
+    words = param_words(RowParams(0.7, 50, 0.9, 0.05, 2**63 - 5))
+    assert words[[0, 2, 3]].view(np.float32).tolist() == [np.float32(x) for x in (0.7, 0.9, 0.05)]
+    assert words[4:].view(np.int64)[0] == 2**63 - 5
+
+
+def test_results_return_to_plan_order() -> None:
+    plan = make_plan((3, 0, 3, [7, 8, 9]), (1, 40, 1, []), (2, 16, 2, [5, 6]), samples=[1, 1, 0])
+    words = step_words(plan, Rows(8, 4, torch.device("cpu")))
+    result = step_result(plan, words, np.array([50, 60], np.int32), 0.5)
+    assert result.counts.tolist() == [1, 1, 0]
+    assert result.tokens.tolist() == [60, 50], "the single token ran first, the chunk second"
+    assert (result.step, result.seconds) == (1, 0.5)
+
+
+def test_drafts_are_kept_while_they_equal_the_samples() -> None:
+    plan = make_plan((1, 9, 3, [4, 20, 21]), (2, 3, 1, [8]), (3, 5, 2, [6, 30]), samples=[3, 1, 2])
+    words = step_words(plan, Rows(8, 4, torch.device("cpu")))
+    samples = np.array([70, 20, 99, 88, 31, 90], np.int32)  # batch order: row 2, row 1 (three), row 3 (two)
+    result = step_result(plan, words, samples, 0.0)
+    assert result.counts.tolist() == [2, 1, 1]
+    assert result.tokens.tolist() == [20, 99, 70, 31]
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    plan = make_plan((1, 9, 1, [4]), (2, 3, 2, [8, 9]), (3, 5, 1, [6]), samples=[1, 0, 1])
+    words = step_words(plan, Rows(8, 4, torch.device("cpu")))
+    result = step_result(plan, words, np.array([12, NOT_FINITE], np.int32), 0.0)
+    assert result.failed.tolist() == [2]
+
+
+def test_verified() -> None:
+    assert verified([5], []) == [5]
+    assert verified([5, 6, 7], [5, 6]) == [5, 6, 7]
+    assert verified([5, 6, 7], [4, 6]) == [5]
