@@ -311,7 +311,7 @@ def table_of(line: dict[str, Any]) -> Table:
     yardstick = line["yardstick"]
     rates = f"copy {yardstick['copy_tb_s']} TB/s, product {yardstick['matmul_tflop_s']} TFLOP/s"
     table = Table(title=f"kernels · {line['dtype']} · {line['device']}", caption=rates)
-    table.add_column("kernel", no_wrap=True)
+    table.add_column("kernel")
     for name in ("µs", "rate", "of best", "peers, µs"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in line["results"]:
