@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -125,45 +126,25 @@ def attention(
     latter with `one_launch`. `block_tokens` sets the keys of Flash Attention's tile (a power of two; None: measured
     default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
     """
+    keys: dict[str, Any] = {
+        "kv_2BKPH": kv_2BKPH,
+        "block_tables_SM": block_tables_SM,
+        "rows_R": rows_R,
+        "context_lens_R": context_lens_R,
+        "scale": scale,
+    }
+    bounds = {"num_decodes": num_decodes, "max_context_len": max_context_len}
     if not is_supported(q_TNH, q_TNH.shape[-1]):
         return reference.attention(
-            q_TNH,
-            kv_2BKPH=kv_2BKPH,
-            block_tables_SM=block_tables_SM,
-            rows_R=rows_R,
-            query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-            scale=scale,
-            num_decodes=num_decodes,
-            max_query_len=max_query_len,
-            max_context_len=max_context_len,
+            q_TNH, query_starts_R1=query_starts_R1, max_query_len=max_query_len, **keys, **bounds
         )
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     first_row = 0 if one_launch else num_decodes
     if first_row:
-        decode_attention(
-            q_TNH,
-            out_TNH,
-            kv_2BKPH=kv_2BKPH,
-            block_tables_SM=block_tables_SM,
-            rows_R=rows_R,
-            context_lens_R=context_lens_R,
-            scale=scale,
-            num_decodes=num_decodes,
-            max_context_len=max_context_len,
-        )
+        decode_attention(q_TNH, out_TNH, **keys, **bounds)
     if first_row < rows_R.shape[0]:
         paged_attention(
-            q_TNH,
-            out_TNH,
-            kv_2BKPH=kv_2BKPH,
-            block_tables_SM=block_tables_SM,
-            rows_R=rows_R,
-            query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-            scale=scale,
-            first_row=first_row,
-            block_tokens=block_tokens,
+            q_TNH, out_TNH, query_starts_R1=query_starts_R1, first_row=first_row, block_tokens=block_tokens, **keys
         )
     return out_TNH
