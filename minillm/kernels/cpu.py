@@ -51,7 +51,7 @@ class PackedWeight:
 def pack_linear(weight_OD: Tensor) -> PackedWeight | Tensor:
     """The weight laid out for `linear`, so that the original can go; the weight itself where packing gains nothing.
 
-    Packed fp32 products give a row the same bits whatever rows are beside it; `F.linear`'s do not.
+    With AVX-512, packed fp32 products give a row the same bits whatever rows are beside it; `F.linear`'s do not.
     """
     if weight_OD.device.type != "cpu":
         return weight_OD
