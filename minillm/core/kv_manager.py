@@ -7,6 +7,7 @@ References are held by requests and by holds (transfers to come); a block is fre
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -19,6 +20,7 @@ from minillm.core.request import NEVER, Request
 __all__ = ["KVManager", "Prefix"]
 
 KEY_SIZE = 32
+MIN_PUBLISHED = 64
 
 
 class Prefix(NamedTuple):
@@ -40,6 +42,7 @@ class KVManager:
         self.num_promised = 0
         """Blocks that requests were admitted for and have not taken yet."""
         self._holds: dict[int, int] = {}
+        self._unpublished: deque[Request] = deque()
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -110,7 +113,7 @@ class KVManager:
     def try_grow(self, request: Request, num_tokens: int, changes: array[int]) -> bool:
         """Blocks for the first `num_tokens` tokens; new ones go to `changes` as (row, index, block)."""
         first = len(request.blocks)
-        num_new = self.blocks_for(num_tokens) - first
+        num_new = -(-num_tokens // self.block_size) - first
         if num_new <= 0:
             return True
         if num_new > self.pool.num_free:
@@ -136,8 +139,23 @@ class KVManager:
         request.num_published = num_full
         request.next_publish = (num_full + 1) * self.block_size
 
+    def publish_soon(self, request: Request) -> None:
+        """Let `publish_some` do it, at the latest `release`: a thousand rows may fill a block in the same step."""
+        request.next_publish = NEVER
+        self._unpublished.append(request)
+
+    def publish_some(self) -> None:
+        """Publish for the requests that have waited longest, as many as keep the others from piling up."""
+        num_now = max(MIN_PUBLISHED, len(self._unpublished) // 8)
+        for _ in range(min(num_now, len(self._unpublished))):
+            request = self._unpublished.popleft()
+            if request.row:
+                self.publish(request)
+
     def release(self, request: Request) -> None:
         """Give up all blocks; the tail of a chain is reused before its head, without which it cannot be found."""
+        if self.enable_prefix_caching:
+            self.publish(request)
         self.pool.release(reversed(request.blocks))
         self.num_promised -= request.num_promised
         request.num_promised = 0
@@ -166,7 +184,7 @@ class KVManager:
             num_promised += request.num_promised
             for block in request.blocks:
                 ref_counts[block] += 1
-            assert request.num_published * self.block_size <= max(request.num_computed, 0) or not request.row
+            assert not request.row or request.num_published * self.block_size <= request.num_computed
             assert len(request.keys) * self.block_size <= len(request.tokens), "key of an unread token"
         for block, num in self._holds.items():
             ref_counts[block] += num

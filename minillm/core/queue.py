@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from operator import attrgetter
 
 from minillm.core.request import Request
@@ -41,6 +42,9 @@ class RequestQueue:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
 
     def __getitem__(self, place: int) -> Request:
         return self._requests[place]

@@ -113,7 +113,7 @@ class Running:
         return self._limits.max_num_batched_tokens - room
 
     def plan_prompts(self, plan: StepPlan, budget: Budget) -> None:
-        """Chunks of half-done prompts. They preempt later prompts for blocks, never decodes, which are planned by now."""
+        """Chunks of half-done prompts. For blocks they preempt later prompts, not decodes, which are planned by now."""
         for request in self.prompts[:]:
             if budget.is_spent:
                 break
@@ -168,10 +168,11 @@ class Running:
         Returns the tokens to plan; 0 if the request, of the largest rank left, had to give up its own blocks.
         """
         start = request.num_planned
-        max_drafts = 0 if request.num_unknown else min(room, request.plan_limit - start) - 1
-        del request.drafts[max_drafts:]
-        if not self._kv.try_grow(request, start + 1 + len(request.drafts), plan.blocks):
-            request.drafts.clear()
+        if request.drafts:
+            max_drafts = 0 if request.num_unknown else min(room, request.plan_limit - start) - 1
+            del request.drafts[max_drafts:]
+            if not self._kv.try_grow(request, start + 1 + len(request.drafts), plan.blocks):
+                request.drafts.clear()
         while not self._kv.try_grow(request, start + 1, plan.blocks):
             last = max((part[-1] for part in (self.decodes, self.prompts) if part), key=lambda r: r.rank)
             self._preempt(last)

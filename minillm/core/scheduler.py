@@ -108,7 +108,7 @@ class Scheduler:
                 request.num_unknown -= 1
                 request.num_computed = computed = start + count
                 if computed >= request.next_publish:
-                    self.kv.publish(request)
+                    self.kv.publish_soon(request)
                 if token in request.stop_token_ids:
                     self._end(request, FinishReason.STOP)
                 elif computed + 1 >= request.max_len:
@@ -118,9 +118,10 @@ class Scheduler:
             else:
                 request.num_computed = start + count
                 if request.num_computed >= request.next_publish:
-                    self.kv.publish(request)
+                    self.kv.publish_soon(request)
                 continue
             changed.append(request)
+        self.kv.publish_some()
         return changed
 
     @property
@@ -156,7 +157,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert that requests, rows and blocks agree."""
-        waiting = [self._queue[place] for place in range(len(self._queue))]
+        waiting = list(self._queue)
         numbers = sorted(request.number for request in [*self._running, *waiting])
         assert numbers == sorted(self._live), "a request is lost or in two places"
         assert not any(r.row or r.blocks or r.num_planned or r.num_unknown for r in waiting)
@@ -228,7 +229,7 @@ class Scheduler:
         request.reopen()
         request.num_computed = request.num_planned
         if request.num_computed >= request.next_publish:
-            self.kv.publish(request)
+            self.kv.publish_soon(request)
         if reason is not None:
             self._end(request, reason)
 

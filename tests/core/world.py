@@ -23,13 +23,13 @@ MAX_STEPS = 5000
 def random_limits(rng: random.Random) -> SchedulerLimits:
     """Small limits, so that everything runs short."""
     block_size = rng.choice((1, 2, 4, 4, 8))
-    max_tokens = rng.choice((1, 3, 8, 16, 40, 64))
+    max_tokens = rng.choice((1, 3, 8, 16, 40, 64, 64))
     min_chunk = rng.choice((1, 1, 3, 8))
     return SchedulerLimits(
         max_num_batched_tokens=max_tokens,
-        max_num_seqs=rng.choice((1, 3, 6, 8)),
+        max_num_seqs=rng.choice((1, 4, 8, 8)),
         max_model_len=rng.choice((24, 60)),
-        num_kv_blocks=1 + -(-rng.choice((24, 48, 60, 100, 300)) // block_size),
+        num_kv_blocks=1 + -(-rng.choice((24, 40, 40, 60, 60, 100, 300)) // block_size),
         block_size=block_size,
         soft_cap=rng.choice((None, None, max(1, max_tokens // 2), max_tokens)),
         attention_equivalence=rng.choice((math.inf, 20.0, 200.0)),
@@ -47,7 +47,7 @@ class World:
     """One configuration, run to its end. `num_requests` come by themselves; forks come on top."""
 
     seed: int
-    num_requests: int = 14
+    num_requests: int = 18
     counts: Counter[str] = field(default_factory=Counter)
     trace: list[bytes] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ class World:
         request = Request(
             len(self.requests) + 1,
             tokens,
-            max_tokens=rng.choice((1, 5, 12, 30)),
+            max_tokens=rng.choice((1, 5, 15, 30, 30)),
             params=params_of(rng.randint(1, 3)),
             stop_token_ids=rng.choice((frozenset({EOS}), frozenset(), frozenset({EOS, 7}))),
             priority=rng.choice((0, 0, 0, 1)),
@@ -104,7 +104,9 @@ class World:
 
     def add(self) -> None:
         stem = self.rng.choice(self.stems)
-        tokens = stem[: self.rng.randint(0, len(stem))] + [self.rng.randint(1, 2) for _ in range(self.rng.randint(0, 12))]
+        tokens = stem[: self.rng.randint(0, len(stem))] + [
+            self.rng.randint(1, 2) for _ in range(self.rng.randint(0, 12))
+        ]
         request = self.new_request(tokens, self.rng.choice((b"", b"", b"salt")))
         if self.scheduler.check(request.num_prompt, request.max_tokens) is None:
             self.scheduler.add(request)
@@ -115,7 +117,8 @@ class World:
         """What may come between a schedule and an update."""
         rng, scheduler = self.rng, self.scheduler
         if rng.random() < self.abort_rate:
-            self.abort(rng.choice(STATES))
+            is_preempted = any(r.num_preemptions for r in scheduler._queue)
+            self.abort("preempted" if is_preempted and rng.random() < 0.7 else rng.choice(STATES))
         running = list(scheduler._running)
         if running and rng.random() < self.fork_rate:
             self.fork(rng.choice(running))
@@ -133,7 +136,7 @@ class World:
 
     def abort(self, state: str) -> None:
         scheduler = self.scheduler
-        waiting = [scheduler._queue[place] for place in range(len(scheduler._queue))]
+        waiting = list(scheduler._queue)
         flying = {number for plan, _ in self.in_flight for number in plan.requests}
         choices = {
             "queued": [r for r in waiting if not r.num_preemptions],
@@ -180,13 +183,15 @@ class World:
         """`schedule`, and all that must hold for a plan."""
         scheduler, counts = self.scheduler, self.counts
         running = scheduler._running
-        ready = [r for r in running.decodes if not r.is_closed and r.num_planned < r.max_len - 1]
+        decodes = list(running.decodes)
+        ready = [r for r in decodes if not r.is_closed and r.num_planned < r.max_len - 1]
         seats = {r.number: r.first_step for r in running}
         cached = set(scheduler.kv.pool.block_of.values())
         num_preemptions = scheduler.num_preemptions
         plan = scheduler.schedule(0.0)
-        num_preempted = scheduler.num_preemptions - num_preemptions
-        counts["preemption"] += num_preempted
+        counts["preemption"] += scheduler.num_preemptions - num_preemptions
+        preempted = [r for r in scheduler._queue if r.number in seats]
+        self.check_victims(preempted, decodes)
         kept = [r for r in ready if r.first_step == seats[r.number]]
         if plan is None:
             assert not kept, "a running decode was left out"
@@ -196,22 +201,29 @@ class World:
         planned = {w.request: w for w in works}
         assert len(planned) == len(works) and all(w.count > 0 for w in works)
         assert plan.num_batched_tokens <= self.limits.max_num_batched_tokens
-        decodes = [r.number for r in kept if r.number in planned]
-        assert [w.request for w in works[: len(decodes)]] == decodes, "decodes do not come first, by rank"
-        num_decode_tokens = sum(planned[number].count for number in decodes)
-        if len(decodes) < len(kept):
+        fed = [r.number for r in kept if r.number in planned]
+        assert [w.request for w in works[: len(fed)]] == fed, "decodes do not come first, by rank"
+        num_decode_tokens = sum(planned[number].count for number in fed)
+        if len(fed) < len(kept):
             assert num_decode_tokens == self.limits.max_num_batched_tokens, "a running decode was left out"
-        self.check_soft_cap(num_decode_tokens, works[len(decodes) :])
-        assert not (num_preempted and plan.seats), "admitted in a step that preempted"
+        self.check_soft_cap(num_decode_tokens, works[len(fed) :])
+        assert not (preempted and plan.seats), "admitted in a step that preempted"
         self.check_seats(plan, planned, cached)
         for work in works:
             request = self.requests[work.request]
-            assert self.starts[work.request] == work.start or work.request in decodes and request.drafts
+            assert self.starts[work.request] == work.start or work.request in fed and request.drafts
             assert request.num_planned <= len(request.blocks) * self.limits.block_size
             self.starts[work.request] = work.start + work.count
         assert len(plan.waits) == (scheduler.num_waiting > 0)
         self.trace.append(repr(plan).encode())
         return plan
+
+    def check_victims(self, preempted: list[Request], decodes: list[Request]) -> None:
+        """Those of the largest rank go: of all, if decodes lacked blocks; of the prompts, if a prompt did."""
+        running = self.scheduler._running
+        for victim in preempted:
+            others = running if victim in decodes else running.prompts
+            assert all(request.rank < victim.rank for request in others), "not the largest rank was preempted"
 
     def check_soft_cap(self, num_decode_tokens: int, chunks: list) -> None:
         limits = self.limits
@@ -273,7 +285,9 @@ class World:
                 continue
             output = list(request.tokens[request.num_prompt :])
             max_tokens = request.max_len - request.num_prompt
-            expected = generate(request.tokens[: request.num_prompt], request.params.seed, max_tokens, request.stop_token_ids)
+            expected = generate(
+                request.tokens[: request.num_prompt], request.params.seed, max_tokens, request.stop_token_ids
+            )
             if reason in (FinishReason.ABORT, FinishReason.ERROR):
                 assert output == expected[: len(output)], f"request {number}"
             else:
