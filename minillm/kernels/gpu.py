@@ -133,7 +133,7 @@ def attention(
         "context_lens_R": context_lens_R,
         "scale": scale,
     }
-    bounds = {"num_decodes": num_decodes, "max_context_len": max_context_len}
+    bounds: dict[str, Any] = {"num_decodes": num_decodes, "max_context_len": max_context_len}
     if not is_supported(q_TNH, q_TNH.shape[-1]):
         return reference.attention(
             q_TNH, query_starts_R1=query_starts_R1, max_query_len=max_query_len, **keys, **bounds
