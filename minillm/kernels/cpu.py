@@ -272,17 +272,18 @@ def kept_tokens(scores_V: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     vocab_size = scores_V.shape[0]
     weights_V = (scores_V - scores_V.max()).exp_()
     is_in_k = 0 < top_k < vocab_size
-    num, total = (top_k, 0.0) if is_in_k else (min(FIRST_CANDIDATES, vocab_size), weights_V.sum().item())
+    total = weights_V.sum(dtype=torch.float64).item()
+    num = top_k if is_in_k else min(FIRST_CANDIDATES, vocab_size)
     while True:
         ids_X = (scores_V >= scores_V.topk(num).values[-1]).nonzero().flatten()
-        mass = weights_V[ids_X].sum().item()
-        is_likely_all = bool(weights_V[ids_X].min() < min_p)  # what was left out is less likely still
-        if is_in_k or num == vocab_size or (top_p < 1.0 and mass > top_p * total) or (top_p >= 1.0 and is_likely_all):
+        mass = weights_V[ids_X].sum(dtype=torch.float64).item()
+        is_enough = mass > top_p * total if top_p < 1.0 else bool(weights_V[ids_X].min() < min_p)
+        if is_in_k or is_enough or num == vocab_size:
             break
         num = min(16 * num, vocab_size)
     # Top_p of the whole row is a larger share of the part that was looked at.
     share = top_p if is_in_k or top_p >= 1.0 else min(top_p * total / mass, 1.0)
-    off_1, share_1, min_p_1 = torch.zeros(1), torch.tensor([share]), torch.tensor([min_p])
+    off_1, share_1, min_p_1 = torch.zeros(1), torch.tensor([share], dtype=torch.float64), torch.tensor([min_p])
     return ids_X[keep_mask(scores_V[ids_X][None], off_1, share_1, min_p_1)[0]]
 
 

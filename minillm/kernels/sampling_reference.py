@@ -65,6 +65,8 @@ def scale_logits(logits_LV: Tensor, temperature_L: Tensor) -> Tensor:
 def keep_mask(scores_LV: Tensor, top_k_L: Tensor, top_p_L: Tensor, min_p_L: Tensor) -> Tensor:
     """Which tokens survive top_k, then top_p, then min_p -> bool [L, V]; the sets that transformers' warpers keep.
 
+    (Theirs with a stable sort. Theirs is not, so that of equal tokens at top_p's edge they keep as many, but any.)
+
     top_k (off where <= 0) keeps ties with the k-th. top_p (off where >= 1) removes tokens, the least likely first and
     of equal ones the lowest id first, while what is removed is at most 1 - top_p. min_p (off at 0) removes tokens less
     likely than min_p times the most likely one. The most likely token always stays.
