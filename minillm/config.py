@@ -228,9 +228,7 @@ class Configs:
         rope_scaling=llama3_rope(32.0),
         tie_word_embeddings=True,
     )
-    MISTRAL_7B = replace(
-        LLAMA_3_1_8B, vocab_size=32768, max_position=32768, rope_theta=1_000_000.0, rope_scaling=None
-    )
+    MISTRAL_7B = replace(LLAMA_3_1_8B, vocab_size=32768, max_position=32768, rope_theta=1_000_000.0, rope_scaling=None)
     TINY_LLAMA = ModelConfig(
         vocab_size=512,
         hidden_size=64,

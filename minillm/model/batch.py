@@ -15,8 +15,8 @@ from torch import Tensor
 class ForwardBatch:
     """A step's inputs. Rows with one query token come first (`num_decodes` of them), each owning one token.
 
-        tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks, drafts)
-        rows    | 0 1 2 |       3       |    4    |      query_starts: 0 1 2 3 10 14
+    tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks, drafts)
+    rows    | 0 1 2 |       3       |    4    |      query_starts: 0 1 2 3 10 14
     """
 
     input_ids_T: Tensor

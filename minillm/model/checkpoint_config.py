@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minillm.config import ModelConfig, RopeScaling
-from minillm.errors import CheckpointError, ConfigError
+from minillm.errors import CheckpointError
 from minillm.model.gguf import ROPE_DIVISORS, GGUFFile
 from minillm.model.rotary import llama3_divisors
 
@@ -46,7 +46,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         config = config_from_json(raw)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}") from error
-    except (TypeError, ValueError, ConfigError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} describes no model that can run: {error}") from error
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -104,7 +104,7 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def token_ids(value: object) -> tuple[int, ...]:
+def token_ids(value: Any) -> tuple[int, ...]:
     """One token id, a list of them or None, as a tuple."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(int(v) for v in values)
@@ -129,7 +129,7 @@ def windowed(max_position: int, window: int | None) -> int:
 
 
 def rope_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | None:
-    """The `rope_scaling` (or newer `rope_parameters`) object of config.json. Raises CheckpointError for unknown kinds."""
+    """The `rope_scaling` (or newer `rope_parameters`) object of config.json. Raises CheckpointError."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("truncate", True) is not True:
         raise CheckpointError("rope settings partial_rotary_factor and truncate are not supported")
@@ -181,7 +181,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         return gguf_config(file, own)
     except KeyError as error:
         raise CheckpointError(f"{file.path} lacks {error}") from error
-    except (TypeError, ValueError, ConfigError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file.path} describes no model that can run: {error}") from error
@@ -191,7 +191,10 @@ def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
     """Metadata without the architecture's prefix -> ModelConfig; what has no key is read off the tensor table."""
     tensors, num_heads = file.tensors, int(own["attention.head_count"])
     head_size = int(own.get("attention.key_length") or own["embedding_length"] // num_heads)
-    if own.get("rope.dimension_count", head_size) != head_size or own.get("attention.value_length", head_size) != head_size:
+    if (
+        own.get("rope.dimension_count", head_size) != head_size
+        or own.get("attention.value_length", head_size) != head_size
+    ):
         raise CheckpointError(f"{file.path} has heads of several sizes, or rotates only a part of them")
     ends = [own.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     config = ModelConfig(

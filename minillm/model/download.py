@@ -27,7 +27,9 @@ Progress = Callable[[int, int], None]
 POLL_SECONDS = 0.1
 COPY_BYTES = 1 << 20
 # pip puts a file that is on its way into Python's temporary folder: giving it ours lets us watch the file grow.
-RUN_PIP = "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); runpy.run_module('pip', run_name='__main__')"
+RUN_PIP = (
+    "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); runpy.run_module('pip', run_name='__main__')"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

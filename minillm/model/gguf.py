@@ -73,7 +73,7 @@ class GGUFFile:
             raise CheckpointError(f"{path} cannot be read ({error})") from error
         try:
             self.metadata, self.tensors = self._parse()
-        except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+        except (struct.error, KeyError, ValueError, TypeError, ArithmeticError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged or truncated ({error!r}); download it again") from error
@@ -172,7 +172,7 @@ class GGUFFile:
         *dims, kind, offset = struct.unpack_from(f"<{num_dims}QIQ", self._data, at + 4)
         at += 4 + 8 * num_dims + 12
         block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        if dims[0] % block_size:
+        if dims[0] % block_size or 0 in dims:
             raise ValueError(f"tensor {name} with rows of {dims[0]} entries in blocks of {block_size}")
         num_bytes = block_bytes
         for dim in (dims[0] // block_size, *dims[1:]):
@@ -195,6 +195,6 @@ def checkpoint_name(name: str) -> str:
 
 
 def unpermuted(rows: NDArray[np.generic], num_heads: int) -> NDArray[np.generic]:
-    """Query or key rows in the halves order: a head's rows 0 2 4 … then 1 3 5 … (whole rows move, blocks stay intact)."""
+    """Query or key rows in the halves order: a head's rows 0 2 4 … then 1 3 5 … (rows move with their blocks)."""
     heads = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)

@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.ops, self.eps, self.scale = build.ops, config.rms_norm_eps, config.head_size**-0.5
         heads = build.tp.shard(config.num_heads, "num_heads")
         kv_heads = build.tp.head_shard(config.num_kv_heads)
-        self.num_heads, self.num_kv_heads = heads.count, kv_heads.count
+        self.num_heads, self.num_kv_heads = heads.num, kv_heads.num
         q_rows, kv_rows = (Shard(*(n * config.head_size for n in shard)) for shard in (heads, kv_heads))
         self.qkv = Linear(
             build,

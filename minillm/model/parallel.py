@@ -42,8 +42,8 @@ class TPGroup:
         """This rank's equal share. Raises ConfigError if `total` cannot be split evenly."""
         if total % self.size:
             raise ConfigError(f"{what} {total} cannot be split over {self.size} ranks; use a divisor of {total}")
-        count = total // self.size
-        return Shard(self.rank * count, count, total)
+        num = total // self.size
+        return Shard(self.rank * num, num, total)
 
     def head_shard(self, num_heads: int) -> Shard:
         """This rank's key/value heads: an equal share, or one head that several ranks hold alike."""
@@ -105,11 +105,11 @@ class Linear(nn.Module):
     def __init__(self, build: Build, columns: Shard, parts: Mapping[str, Shard], *, bias: bool = False) -> None:
         """`parts`: which rows of each stored tensor this rank holds, in the order in which they are stacked."""
         super().__init__()
-        num_outputs = sum(rows.count for rows in parts.values())
+        num_outputs = sum(rows.num for rows in parts.values())
         self.ops, self.tp = build.ops, build.tp
         self.columns, self.parts = columns, dict(parts)
-        self.is_partial = columns.count < columns.total
-        self.weight = build.weight(num_outputs, columns.count)
+        self.is_partial = columns.num < columns.total
+        self.weight = build.weight(num_outputs, columns.num)
         self.bias = build.weight(num_outputs) if bias else None
         self._packed: Any = None
 
@@ -124,8 +124,8 @@ class Linear(nn.Module):
         """(name in a checkpoint, target) of each part's weight and bias."""
         at = 0
         for part, rows in self.parts.items():
-            here = slice(at, at + rows.count)
-            at += rows.count
+            here = slice(at, at + rows.num)
+            at += rows.num
             yield f"{prefix}{part}.weight", Target((rows.total, self.columns.total), self._weight_loader(here, rows))
             if self.bias is not None:
                 yield f"{prefix}{part}.bias", Target((rows.total,), self._bias_loader(here, rows))
@@ -167,7 +167,7 @@ class Embedding(nn.Module):
         if self.tp.size == 1:
             return nn.functional.embedding(ids_T, self.weight)
         local_T = ids_T - self.rows.start
-        is_here_T = (local_T >= 0) & (local_T < self.rows.count)
+        is_here_T = (local_T >= 0) & (local_T < self.rows.num)
         x_TD = nn.functional.embedding(local_T.clamp(0, self.weight.shape[0] - 1), self.weight)
         return self.tp.all_reduce(x_TD * is_here_T[:, None])
 
@@ -176,8 +176,8 @@ class Embedding(nn.Module):
         yield f"{name}.weight", Target((self.vocab_size, self.weight.shape[1]), self._load)
 
     def _load(self, stored: StoredTensor) -> None:
-        self.weight[: self.rows.count].copy_(stored.dense(self.rows))
-        self.weight[self.rows.count :].zero_()
+        self.weight[: self.rows.num].copy_(stored.dense(self.rows))
+        self.weight[self.rows.num :].zero_()
 
 
 class VocabHead(nn.Module):

@@ -18,7 +18,7 @@ __all__ = ["llama3_divisors", "rotary_table"]
 
 
 def rotary_table(config: ModelConfig, num_positions: int, device: torch.device) -> Tensor:
-    """Table cos_sin_EH (fp32): H/2 cosines, then H/2 sines, of positions 0 to num_positions - 1 (RoPE, Su et al. 2021)."""
+    """Table cos_sin_EH (fp32): H/2 cosines, then H/2 sines, of the first positions (RoPE, Su et al. 2021)."""
     scaling = config.rope_scaling
     exponents_h = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
     periods_h = config.rope_theta**exponents_h
@@ -54,7 +54,7 @@ def llama3_divisors(config: ModelConfig, scaling: RopeScaling) -> Tensor:
 
 
 def yarn_frequencies(periods_h: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
-    """YaRN (Peng et al. 2023, section 3.2): waves that turn often in the training length stay, slow ones are stretched."""
+    """YaRN (Peng et al. 2023, section 3.2): waves that turn often in the training length stay, others stretch."""
 
     def index_turning(num_turns: float) -> float:
         ratio = scaling.original_max_position / (num_turns * 2 * math.pi)

@@ -70,8 +70,8 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Progress | No
         return ModelFiles(name=name, kind="random")
     if name == DEFAULT_MODEL:
         return ModelFiles(name=name, kind="gguf", path=pull(name, cache_dir=cache_dir, progress=progress))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json; give a Hugging Face model folder or a .gguf file")
         return ModelFiles(name=name, kind="folder", path=path)

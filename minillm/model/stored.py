@@ -23,10 +23,10 @@ DENSE = "dense"
 
 
 class Shard(NamedTuple):
-    """`count` entries from `start`, out of `total` along one dimension of a stored tensor."""
+    """`num` entries from `start`, out of `total` along one dimension of a stored tensor."""
 
     start: int
-    count: int
+    num: int
     total: int
 
     @classmethod
@@ -37,7 +37,7 @@ class Shard(NamedTuple):
     @property
     def slice(self) -> slice:
         """As an index."""
-        return slice(self.start, self.start + self.count)
+        return slice(self.start, self.start + self.num)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class StoredTensor:
 
     def dense(self, rows: Shard | None = None) -> Tensor:
         """The numbers, or those of some rows: blocks run along rows, so only these are expanded (to float32)."""
-        data = self.data if rows is None or rows.count == rows.total else self.data[rows.slice]
+        data = self.data if rows is None or rows.num == rows.total else self.data[rows.slice]
         if isinstance(data, Tensor):
             return data
         # gguf imports slowly, and folders of safetensors do not need it.

@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         `kv_cache` is [layers, 2, blocks, kv heads, block size, head size].
         """
         hidden_LD = self.hidden(batch, kv_cache)
-        if hidden_LD.shape[0] == 0:
+        if hidden_LD.shape[0] == 0:  # a step inside prompts: kernels need not know empty inputs
             return hidden_LD.new_empty(0, self.config.vocab_size)
         logits_LV: Tensor = self.head(hidden_LD)
         return logits_LV
@@ -66,7 +66,8 @@ class Transformer(nn.Module):
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
-        x_LD, residual_LD = x_TD[batch.logit_rows_L], residual_TD[batch.logit_rows_L]
+        x_LD: Tensor = x_TD[batch.logit_rows_L]
+        residual_LD = residual_TD[batch.logit_rows_L]
         if x_LD.shape[0] == 0:
             return x_LD
         hidden_LD: Tensor = self.ops.add_rms_norm(x_LD, residual_LD, self.norm.weight, self.config.rms_norm_eps)

@@ -56,7 +56,9 @@ class Spelling:
 
 def spelling_of(backend: Backend) -> Spelling:
     """The spelling that a tokeniser's decoder undoes. Raises CheckpointError for decoders of other model families."""
-    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    state: dict[str, Any] = (
+        json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    )
     steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minillm.errors import CheckpointError, RequestError
@@ -28,7 +29,7 @@ __all__ = ["ChatTemplate"]
 
 MAX_SOURCE = 1 << 18
 """Characters of a template."""
-MAX_TURNS = 1_000_000
+MAX_TURNS = 200_000
 """Turns of loops and calls of macros in one rendering."""
 MAX_SECONDS = 10.0
 MAX_VALUE = 1 << 24
@@ -248,20 +249,21 @@ def to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def metered(tree: nodes.Template) -> nodes.Template:
+def metered(environment: jinja2.Environment, tree: nodes.Template) -> nodes.Template:
     """The template with a turn counted in each loop and macro, and the size of each `~` checked."""
 
     def call(name: str, *args: nodes.Expr) -> nodes.Call:
         return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
 
-    for loop in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+    loop: nodes.For | nodes.Macro | nodes.CallBlock
+    for loop in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):  # type: ignore[assignment]
         loop.body.insert(0, nodes.ExprStmt(call("take_turn")))
         if isinstance(loop, nodes.For) and loop.test is not None:
             loop.test = nodes.And(call("take_turn"), loop.test)
     for concat in list(tree.find_all(nodes.Concat)):
         parts = [call("check_depth", part) for part in concat.nodes]
         concat.nodes = [call("check_size", nodes.Concat(parts))]
-    tree.set_environment(tree.environment)
+    tree.set_environment(environment)
     for node in tree.find_all(nodes.Node):
         node.lineno = node.lineno or 1
     return tree
@@ -277,7 +279,7 @@ class ChatTemplate:
         self._named = dict(named)
         environment = TemplateEnvironment()
         try:
-            code = environment.compile(metered(environment.parse(source)))
+            code = environment.compile(metered(environment, environment.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template cannot be compiled: {error}") from error
         self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))

@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back, and chat messages to token ids. It knows no model, no torch and no requests."""
+"""Tokenizer: text to token ids and back, and chat messages to token ids. It knows neither models nor requests."""
 
 from __future__ import annotations
 
@@ -84,8 +84,6 @@ class Tokenizer:
             raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
         config = read_object(folder / "tokenizer_config.json")
         named = named_tokens({**read_object(folder / "special_tokens_map.json"), **config})
-        if "add_bos_token" in config or "add_eos_token" in config:
-            frame_texts(backend, named, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
         return cls(backend, named, folder_template(folder, config))
 
     @classmethod
@@ -207,7 +205,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template of a folder: a file of its own, or in tokenizer_config.json (alone, or as `default` of several)."""
+    """The chat template of a folder: a file of its own, or in tokenizer_config.json (`default` if several)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

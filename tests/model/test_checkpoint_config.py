@@ -1,0 +1,126 @@
+"""config.json -> ModelConfig: old and new spellings, and what is refused because it would run wrongly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm.config import Configs, RopeScaling
+from minillm.errors import CheckpointError
+from minillm.model.checkpoint_config import config_from_folder
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+
+
+def config_of(folder: Path, **changes: Any) -> Any:
+    raw = {k: v for k, v in {**LLAMA_8B, **changes}.items() if v != "absent"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return config_from_folder(folder)
+
+
+def test_published_llama_is_the_preset(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    found = config_of(tmp_path)
+    assert (found.eos_token_ids, found.bos_token_id) == ((128001, 128009), 128000)
+    assert replace(found, eos_token_ids=(), bos_token_id=None) == Configs.LLAMA_3_1_8B
+
+
+def test_new_spelling_of_rope_equals_the_old(tmp_path: Path) -> None:
+    rope = {**LLAMA_8B["rope_scaling"], "rope_theta": 500000.0}
+    new = config_of(tmp_path, rope_scaling="absent", rope_theta="absent", rope_parameters=rope)
+    assert new == config_of(tmp_path)
+
+
+def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [128001, 7]}')
+    assert config_of(tmp_path, eos_token_id=128009).eos_token_ids == (128009, 128001, 7)
+
+
+def test_yarn_lengthens_the_model(tmp_path: Path) -> None:
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "mscale": 2, "mscale_all_dim": 1}
+    found = config_of(tmp_path, rope_scaling=rope, max_position_embeddings=32768)
+    assert found.max_position == 131072
+    assert isinstance(found.rope_scaling, RopeScaling)
+    assert found.rope_scaling.attention_factor == pytest.approx(1.2772588 / 1.1386294)
+
+
+def test_sliding_window_caps_the_context_and_says_so(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": 4096, "rope_scaling": None}
+    with pytest.warns(UserWarning, match="contexts end at 4096 tokens"):
+        assert config_of(tmp_path, **mistral, max_position_embeddings=32768).max_position == 4096
+    assert config_of(tmp_path, **mistral, max_position_embeddings=2048).max_position == 2048
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "rope_scaling": None}
+    assert config_of(tmp_path, **qwen, use_sliding_window=False).max_position == 131072
+
+
+def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
+    def parts(family: str, **changes: Any) -> tuple[bool, bool, bool, bool]:
+        found = config_of(tmp_path, architectures=[f"{family}ForCausalLM"], **changes)
+        return found.attention_bias, found.output_bias, found.mlp_bias, found.qk_norm
+
+    assert parts("Llama") == (False, False, False, False)
+    assert parts("Llama", attention_bias=True, mlp_bias=True) == (True, True, True, False)
+    assert parts("Qwen2") == (True, False, False, False)
+    assert parts("Qwen3") == (False, False, False, True)
+    assert parts("Qwen3", attention_bias=True) == (True, True, False, True)
+    assert parts("Mistral") == (False, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*known are LlamaForCausalLM"),
+        ({"architectures": "absent"}, "known are"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_size": "absent"}, "lacks 'hidden_size'"),
+        ({"num_key_value_heads": 5}, "no multiple"),
+        ({"vocab_size": "many"}, "describes no model that can run"),
+        ({"vocab_size": None}, "describes no model that can run"),
+    ],
+)
+def test_what_cannot_run_exactly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        config_of(tmp_path, **changes)
+
+
+def test_code_beside_the_config_is_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    with pytest.raises(CheckpointError, match="auto_map"):
+        config_of(tmp_path, auto_map={"AutoConfig": "evil.Config"})
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+def test_damaged_json_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json"):
+        config_from_folder(tmp_path)
