@@ -50,7 +50,7 @@ class Work(NamedTuple):
     request: int
     row: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     num_logits: int
     num_samples: int
     tokens: tuple[int, ...]
@@ -79,7 +79,7 @@ class StepPlan:
     tokens: array[int] = field(default_factory=ints)
     """Token ids of all rows, flat, in row order."""
     freed: array[int] = field(default_factory=ints)
-    """Rows whose request is gone. Changes of device state apply in this order, before the pass: freed, seats, blocks, copies."""
+    """Rows whose request is gone. Changes of device state apply before the pass: freed, seats, blocks, copies."""
     seats: tuple[Seat, ...] = ()
     """Rows that get a request."""
     blocks: array[int] = field(default_factory=ints)

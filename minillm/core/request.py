@@ -25,39 +25,43 @@ NEVER = 2**62
 class Request:
     """One sequence, the scheduler's from `add` or `fork` until it ends. Times are seconds of the caller's clock."""
 
-    __slots__ = (
-        "arrival",
-        "blocks",
-        "drafts",
-        "finish_reason",
-        "first_planned",
-        "first_step",
-        "is_stepwise",
-        "keys",
-        "max_len",
-        "max_tokens",
-        "next_publish",
-        "num_cached_tokens",
-        "num_chunks",
-        "num_computed",
-        "num_overtaken",
-        "num_planned",
-        "num_preemptions",
-        "num_promised",
-        "num_prompt",
-        "num_published",
-        "num_unknown",
-        "number",
-        "params",
-        "parent",
-        "plan_limit",
-        "priority",
-        "rank",
-        "row",
-        "salt",
-        "stop_token_ids",
-        "tokens",
-    )
+    __slots__ = {
+        # What was asked for.
+        "number": "never used again",
+        "tokens": "array('i'): the prompt, then the output tokens read",
+        "num_prompt": "",
+        "max_tokens": "",
+        "params": "numeric sampling parameters, for the device",
+        "stop_token_ids": "sampling one of them ends it; includes the model's end tokens unless they are ignored",
+        "priority": "lower is served first",
+        "arrival": "",
+        "salt": "prefixes are shared only under an equal salt",
+        "is_stepwise": "its next plan depends on its last result (drafts, a grammar, a beam): it never runs ahead",
+        # Where it stands.
+        "drafts": "proposed tokens after the last one read; dropped if that is still unknown",
+        "num_unknown": "tokens sampled on the device and not yet read",
+        "num_planned": "positions handed to steps since it was seated, cached ones included",
+        "num_computed": "positions whose keys and values are in the cache, by results that were applied",
+        "finish_reason": "None until it ends",
+        "rank": "place in the one total order: a smaller one is admitted first and preempted last",
+        "max_len": "most tokens it can come to; the scheduler lowers it to what model and cache hold",
+        "plan_limit": "positions from here on are not planned; 0: closed until its result in flight is applied",
+        "parent": "whom it was forked from, until it is seated",
+        # What it has.
+        "row": "its seat; 0: none",
+        "first_step": "the step that seated it: results of earlier steps are of an earlier seat",
+        "blocks": "",
+        "num_promised": "blocks of its tokens that it was admitted for and has not taken yet",
+        "keys": "prefix-cache keys of its full blocks, as far as they are known",
+        "num_published": "leading blocks that were offered to the prefix cache",
+        "next_publish": "computed positions at which the next block can be offered",
+        # What became of it.
+        "first_planned": "when it was first seated",
+        "num_cached_tokens": "tokens found in the cache when it was first seated",
+        "num_chunks": "steps that computed a part of its prompt",
+        "num_preemptions": "",
+        "num_overtaken": "requests that were admitted before it while it headed the queue",
+    }
 
     def __init__(
         self,
@@ -72,10 +76,6 @@ class Request:
         salt: bytes = b"",
         is_stepwise: bool = False,
     ) -> None:
-        """`stop_token_ids` includes the model's end tokens unless they are ignored; a lower `priority` is served first;
-        requests share cached prefixes only under an equal `salt`; `is_stepwise`: its next plan depends on its last
-        result (drafts, a grammar, a beam), so it never runs a step ahead.
-        """
         self.number = number
         self.tokens = array("i", prompt)
         self.num_prompt = len(self.tokens)
@@ -88,44 +88,28 @@ class Request:
         self.is_stepwise = is_stepwise
 
         self.drafts: list[int] = []
-        """Proposed tokens after the last one read; ignored while that is still unknown."""
         self.num_unknown = 0
-        """Tokens sampled on the device and not yet read."""
         self.num_planned = 0
-        """Positions handed to steps since it was seated, cached ones included."""
         self.num_computed = 0
-        """Positions whose keys and values are in the cache, by results that were applied."""
         self.finish_reason: FinishReason | None = None
-
         self.rank = (priority, 0, number)
-        """Place in the one total order: smaller is admitted first and preempted last."""
         self.max_len = self.num_prompt + max_tokens
-        """Most tokens it can come to; the scheduler lowers it to what model and cache hold."""
         self.plan_limit = self.max_len - 1
-        """Positions from here on are not planned. 0: closed until its result in flight is applied."""
         self.parent: Request | None = None
-        """Whom it was forked from, until it is seated."""
 
         self.row = 0
         self.first_step = NEVER
-        """Step that seated it; results of earlier steps are of an earlier seat, or of none."""
         self.blocks = ints()
         self.num_promised = 0
-        """Blocks of its prompt that it was admitted for and has not taken yet."""
         self.keys: list[bytes] = []
-        """Prefix-cache keys of its full blocks, as far as they are known."""
         self.num_published = 0
-        """Leading blocks that were offered to the prefix cache."""
         self.next_publish = NEVER
-        """Computed positions at which the next block can be offered."""
 
         self.first_planned: float | None = None
         self.num_cached_tokens = 0
-        """Tokens found in the cache when it was first admitted."""
         self.num_chunks = 0
         self.num_preemptions = 0
         self.num_overtaken = 0
-        """Requests that were admitted before it while it headed the queue."""
 
     @property
     def num_owed(self) -> int:

@@ -18,6 +18,7 @@ SUITE = (
     "-x",
     "-q",
     "--noconftest",
+    "--assert=plain",
     "-p",
     "no:cacheprovider",
     "-c",
@@ -162,7 +163,8 @@ def plant(name: str | None, folder: Path) -> None:
 def run_suite(folder: Path) -> str | None:
     """Run the core's quick tests there; None if they pass, else the first that fails."""
     command = [sys.executable, *SUITE, "-k", f"not ({SLOW})"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     if done.returncode == 0:
         return None
     assert done.returncode == 1, f"the suite did not run:\n{done.stdout}{done.stderr}"
