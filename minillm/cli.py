@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import inspect
 import math
 import signal
@@ -15,7 +16,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, fields
 from pathlib import Path
 from threading import Event
@@ -131,13 +132,17 @@ def fetch(model: str) -> Path:
     from minillm.model import sources
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"fetching {model}", visible=False)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(f"fetching {model}")
 
-        def advance(num_bytes: int, total: int) -> None:
-            bar.update(task, completed=num_bytes, total=total, visible=True)
+    def advance(num_bytes: int, total: int) -> None:
+        bar.start()  # the first time only: a model that is there shows no bar
+        bar.update(task, completed=num_bytes, total=total)
 
+    try:
         return sources.pull(model, progress=advance)
+    finally:
+        bar.stop()
 
 
 def closing_line(output: RequestOutput) -> str:
@@ -263,6 +268,8 @@ def chat(
 
 def lines_typed() -> Iterator[str]:
     """What the user types, line by line without the empty ones, until /quit or the end of the input."""
+    with suppress(ImportError):
+        importlib.import_module("readline")  # gives `input` line editing and history
     while True:
         try:
             line = input("> ").strip()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,3 +235,23 @@ def test_python_m_minillm_shows_the_version() -> None:
 )
 def test_milliseconds(seconds: float, shown: str) -> None:
     assert cli.milliseconds(seconds) == shown
+
+
+def test_fetching_shows_a_bar_only_when_there_is_something_to_fetch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minillm.model import sources
+
+    monkeypatch.setattr(sources, "pull", lambda name, progress: Path(name))
+    assert run(monkeypatch, "pull", "there") == 0
+    assert capsys.readouterr() == ("there\n", "")
+
+    def pull(name: str, progress: Callable[[int, int], None]) -> Path:
+        progress(1, 2)
+        progress(2, 2)
+        return Path(name)
+
+    monkeypatch.setattr(sources, "pull", pull)
+    assert run(monkeypatch, "pull", "away") == 0
+    out, err = capsys.readouterr()
+    assert out == "away\n" and "fetching away" in err
