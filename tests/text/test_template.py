@@ -52,8 +52,8 @@ TOOLED = """{%- set ns = namespace(last=-1, names=[]) %}
 {%- macro show(tool) %}{{ tool.function.name }}: {{ tool | tojson(indent=2) }}
 {% endmacro %}
 {%- if tools is defined and tools %}{% for tool in tools %}{{ show(tool) }}{% endfor %}{% endif %}
-{{- ns.last }} {{ ns.names | join(',') }} {{ dict(a=1) | tojson }} {{ messages | map(attribute='role') | list | count -}}
-{{ messages | selectattr('role', 'equalto', 'user') | list | last | tojson }}
+{{- ns.last }} {{ ns.names | join(',') }} {{ dict(a=1) | tojson }} {{ messages | map(attribute='role') | list | count }}
+{{- messages | selectattr('role', 'equalto', 'user') | list | last | tojson }}
 {%- for key, value in messages[0].items() %}{{ key }}={{ value.split(' ')[0] | replace('B', 'b') }};{% endfor %}
 {{- '%s-%d' % ('x', 3) }} {{ 'ab' * 2 }} {{ 7 // 2 }} {{ 2 ** 5 }} {{ range(3) | list }} {{ none is none }}
 {%- for i in range(5) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}
