@@ -142,7 +142,8 @@ def fetch(model: str) -> Path:
     try:
         return sources.pull(model, progress=advance)
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def closing_line(output: RequestOutput) -> str:
