@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -81,8 +80,11 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
     """Raise RequestError unless `value` is a finite number in [low, high], or in (low, high] if `low_open`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        is_inside = low <= value <= high and not (low_open and value == low)  # never for NaN
+    else:
+        is_inside = False
+    if not is_inside:
         raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
 
 

@@ -26,9 +26,9 @@ from minillm.bench.engines import ENGINES, BenchEngine, Job
 from minillm.bench.workload import Workload, find_shape, make_workload
 from minillm.bench.yardstick import Yardstick, measure_yardstick
 from minillm.config import EngineConfig, ModelConfig
-from minillm.engine.launch import choose_device
 from minillm.errors import ConfigError, EngineError
 from minillm.model.sources import load_config, resolve
+from minillm.runtime.startup import choose_device
 
 NUM_BEST_OF = 2
 """Up to so many runs the best one counts; of more, the median."""

@@ -68,7 +68,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
         self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
-        self.metrics = Metrics()
+        self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
         self._live: dict[int, Generation] = {}
@@ -80,6 +80,14 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step in flight."""
         return bool(self._live) or self._in_flight is not None
+
+    @property
+    def metrics(self) -> Metrics:
+        """Totals, and the figures of this moment."""
+        metrics, scheduler = self._metrics, self.scheduler
+        metrics.num_running, metrics.num_waiting = scheduler.num_running, scheduler.num_waiting
+        metrics.kv_usage, metrics.kv_utilization = scheduler.kv_usage, scheduler.kv_utilization
+        return metrics
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if this request can never be served; change nothing."""
@@ -117,7 +125,7 @@ class Engine:
         self.scheduler.add(request)
         generation = Generation(request, params)
         self._live[request.number] = generation
-        self.metrics.num_requests += 1
+        self._metrics.num_requests += 1
         return generation
 
     def finish(self, generation: Generation, reason: FinishReason) -> None:
@@ -154,7 +162,7 @@ class Engine:
         generation.note(now)
         if generation.finish_reason is not None:
             del self._live[generation.request.number]
-            metrics, timings = self.metrics, generation.timings
+            metrics, timings = self._metrics, generation.timings
             metrics.num_finished += 1
             metrics.num_prompt_tokens += timings.num_prompt_tokens
             metrics.num_cached_tokens += timings.num_cached_tokens
@@ -162,15 +170,12 @@ class Engine:
             metrics.num_preemptions += timings.num_preemptions
 
     def _count(self, done: Advance) -> None:
-        metrics = self.metrics
+        metrics = self._metrics
         if done.planned is not None:
             metrics.num_steps += 1
             metrics.num_batched_tokens += done.planned.num_batched_tokens
         if done.result is not None:
             metrics.device_seconds += done.result.seconds
-        metrics.num_running, metrics.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
-        metrics.kv_usage = self.scheduler.kv_usage
-        metrics.kv_utilization = self.scheduler.kv_utilization
 
     def _fail(self, failure: BaseException) -> None:
         self._failure, self._in_flight = failure, None

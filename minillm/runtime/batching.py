@@ -5,12 +5,15 @@ It knows columns, not tensors: the runner copies the words and `kernels.step_inp
     | seats R | starts R | counts R | query starts R | token offsets R | tokens | logit rows L | logit seats L |
     | block places B | blocks B | seated rows N | parameters 6 N | copies from C | copies to C |
 
-Rows with one token come first, each group in the plan's order.
+Rows with one token come first, each group in the plan's order. Where every row computes and samples one token, rows of
+seat 0 and token room are added up to one of `decode_sizes`: the shapes of CUDA graphs, and of eager steps just as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +35,13 @@ class StepWords:
     num_logits: np.ndarray
     """Logits per row of the batch."""
     num_rows: int
+    """Rows of the batch, padding not counted; the three below count it."""
     num_tokens: int
     num_decodes: int
+    num_samples: int
+    """Rows of logits."""
+    is_decode: bool
+    """Whether every row computes one token and samples it: the shapes that are padded."""
     max_query_len: int
     max_context_len: int
     is_random: bool
@@ -52,7 +60,7 @@ class StepWords:
             at += section.size
 
 
-def step_words(plan: StepPlan, rows: Rows) -> StepWords:
+def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> StepWords:
     """Lay a plan out as words, and note its new seats in `rows`' host state."""
     seated_rows, params = rows.seat(plan)
     places, blocks = rows.block_words(plan)
@@ -69,11 +77,20 @@ def step_words(plan: StepPlan, rows: Rows) -> StepWords:
     logit_seats = np.repeat(seats, num_logits)
     copies = column(plan.copies).reshape(-1, 2)
     columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
+    tokens, logit_rows = column(plan.tokens), trailing(ends, num_logits)
+    is_decode = bool(not is_long.any() and (num_logits == 1).all())
+    num_padding = padded_size(len(order), decode_sizes) - len(order) if is_decode else 0
+    if num_padding:
+        columns = np.concatenate([columns, padding_columns(len(order), num_padding)], axis=1)
+        logit_rows = np.arange(columns.shape[1], dtype=np.int32)
+        logit_seats = columns[0]
+    if is_decode and decode_sizes:
+        tokens = np.concatenate([tokens, np.zeros(columns.shape[1] - len(tokens), np.int32)])
     return StepWords(
         sections=(
             columns.reshape(-1),
-            column(plan.tokens),
-            trailing(ends, num_logits),
+            tokens,
+            logit_rows,
             logit_seats,
             places,
             blocks,
@@ -85,8 +102,10 @@ def step_words(plan: StepPlan, rows: Rows) -> StepWords:
         order=order,
         num_logits=num_logits,
         num_rows=len(order),
-        num_tokens=int(ends[-1]),
-        num_decodes=int(len(order) - is_long.sum()),
+        num_tokens=int(ends[-1]) + num_padding,
+        num_decodes=int(len(order) - is_long.sum()) + num_padding,
+        num_samples=len(logit_rows),
+        is_decode=is_decode,
         max_query_len=int(counts.max()),
         max_context_len=int((starts + counts).max()),
         is_random=bool(rows.is_random_S[logit_seats].any()),
@@ -94,9 +113,28 @@ def step_words(plan: StepPlan, rows: Rows) -> StepWords:
     )
 
 
-def column(values: object) -> np.ndarray:
+def column(values: array[int]) -> np.ndarray:
     """An array('i') as a numpy view."""
-    return np.frombuffer(values, np.int32)  # type: ignore[call-overload, no-any-return]
+    return np.frombuffer(values, np.int32)
+
+
+def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
+    """The smallest of the ascending `sizes` that holds `num_rows`; itself beyond the largest.
+
+    >>> padded_size(3, (1, 2, 4)), padded_size(9, (1, 2, 4))
+    (4, 9)
+    """
+    at = bisect_left(sizes, num_rows)
+    return sizes[at] if at < len(sizes) else num_rows
+
+
+def padding_columns(num_rows: int, num_padding: int) -> np.ndarray:
+    """Row columns of padding: seat 0, whose table leads to block 0, computes its last token again at position 0."""
+    columns = np.zeros((NUM_ROW_COLUMNS, num_padding), np.int32)
+    columns[2] = 1
+    columns[3] = np.arange(num_rows, num_rows + num_padding)
+    columns[4] = -1
+    return columns
 
 
 def trailing(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from minillm.kernels.step_inputs import expand_step_inputs
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import NUM_ROW_COLUMNS, StepWords, step_words
+from minillm.runtime.cuda_graphs import Decoded, DecodeGraphs
 from minillm.runtime.rows import NUM_PARAM_WORDS, Rows
 from minillm.runtime.verify import verified
 
@@ -43,15 +45,25 @@ class Pending:
 class Runner:
     """One device's share of the engine: `submit(plan).wait()` gives a StepResult."""
 
-    def __init__(self, model: Transformer, ops: ModuleType, kv_cache: Tensor, rows: Rows) -> None:
+    def __init__(
+        self, model: Transformer, ops: ModuleType, kv_cache: Tensor, rows: Rows, decode_sizes: Sequence[int] = ()
+    ) -> None:
+        """`decode_sizes`: rows to which steps of one token per row are padded, ascending."""
         self.model, self.ops, self.kv_cache, self.rows = model, ops, kv_cache, rows
+        self.decode_sizes = tuple(decode_sizes)
         self.device = kv_cache.device
         self.block_size = kv_cache.shape[4]
+        self._graphs: DecodeGraphs | None = None
         self._worker = ThreadPoolExecutor(1, "minillm-step") if self.device.type == "cpu" else None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture a CUDA graph for each of `decode_sizes`; until then every step is launched kernel by kernel."""
+        self._graphs = DecodeGraphs(self._decode, self._sample, self.decode_sizes, self.device)
 
     def submit(self, plan: StepPlan) -> Pending:
         """Enqueue a step."""
-        words = step_words(plan, self.rows)
+        words = step_words(plan, self.rows, self.decode_sizes)
         if self._worker is not None:
             return Pending(plan, words, self._worker.submit(self._run_here, words).result)
         return Pending(plan, words, self._launch(words))
@@ -89,11 +101,15 @@ class Runner:
         self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
         if copy_from.numel():
             self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
-        batch = self._batch(words, columns.view(NUM_ROW_COLUMNS, -1), tokens, logit_rows.long())
+        columns_5R = columns.view(NUM_ROW_COLUMNS, -1)
+        if self._graphs is not None and words.is_decode and self._graphs.holds(words.num_tokens):
+            return self._graphs.replay(columns_5R, tokens, words.is_random, words.is_filtered)
+        batch = self._batch(words, columns_5R, tokens, logit_rows.long())
         logits_LV = self.model(batch, self.kv_cache)
-        if not words.num_logits.any():
+        if not words.num_samples:
             return logit_rows
-        return self._sample(words, batch, logits_LV, logit_seats)
+        decoded = Decoded(batch.positions_T[batch.logit_rows_L], logits_LV)
+        return self._sample(decoded, logit_seats, words.is_random, words.is_filtered)
 
     def _to_device(self, words: StepWords) -> list[Tensor]:
         host = torch.empty(words.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -101,14 +117,24 @@ class Runner:
         flat = host.to(self.device, non_blocking=True)
         return [flat[begin:end] for begin, end in words.offsets()]
 
-    def _batch(self, words: StepWords, columns_5R: Tensor, tokens: Tensor, logit_rows_L: Tensor) -> ForwardBatch:
+    def _decode(self, columns_5R: Tensor, tokens_R: Tensor) -> Decoded:
+        """The forward pass of a decode step, for rows of any length: what a graph holds."""
+        num_rows = tokens_R.shape[0]
+        words = DecodeShape(num_rows, num_rows, 1, self.rows.max_blocks * self.block_size)
+        logit_rows_R = torch.arange(num_rows, device=self.device)
+        batch = self._batch(words, columns_5R, tokens_R, logit_rows_R)
+        return Decoded(batch.positions_T, self.model(batch, self.kv_cache))
+
+    def _batch(
+        self, shape: StepWords | DecodeShape, columns_5R: Tensor, tokens: Tensor, logit_rows_L: Tensor
+    ) -> ForwardBatch:
         expanded = expand_step_inputs(
             columns_5R,
             tokens,
             block_tables_SM=self.rows.block_tables_SM,
             last_tokens_S=self.rows.last_tokens_S,
             block_size=self.block_size,
-            num_tokens=words.num_tokens,
+            num_tokens=shape.num_tokens,
         )
         return ForwardBatch(
             input_ids_T=expanded.input_ids_T,
@@ -119,28 +145,38 @@ class Runner:
             rows_R=columns_5R[0],
             block_tables_SM=self.rows.block_tables_SM,
             logit_rows_L=logit_rows_L,
-            num_decodes=words.num_decodes,
-            max_query_len=words.max_query_len,
-            max_context_len=words.max_context_len,
+            num_decodes=shape.num_decodes,
+            max_query_len=shape.max_query_len,
+            max_context_len=shape.max_context_len,
         )
 
-    def _sample(self, words: StepWords, batch: ForwardBatch, logits_LV: Tensor, seats_L: Tensor) -> Tensor:
+    def _sample(self, decoded: Decoded, seats_L: Tensor, is_random: bool, is_filtered: bool) -> Tensor:
+        """Samples [L] int32, NOT_FINITE where a row failed; the device keeps each row's last token."""
         params_L6 = self.rows.params_S6[seats_L]
         floats_L6 = params_L6.view(torch.float32)
         tokens_L, is_finite_L = self.ops.sample(
-            logits_LV,
-            temperature_L=floats_L6[:, 0],
-            top_k_L=params_L6[:, 1],
-            top_p_L=floats_L6[:, 2],
-            min_p_L=floats_L6[:, 3],
-            seeds_L=params_L6[:, 4:6].view(torch.int64)[:, 0],
-            positions_L=batch.positions_T[batch.logit_rows_L] + 1,
-            is_random=words.is_random,
-            is_filtered=words.is_filtered,
+            decoded.logits_RV,
+            temperature_L=floats_L6[:, 0].contiguous(),
+            top_k_L=params_L6[:, 1].contiguous(),
+            top_p_L=floats_L6[:, 2].contiguous(),
+            min_p_L=floats_L6[:, 3].contiguous(),
+            seeds_L=params_L6[:, 4:6].contiguous().view(torch.int64)[:, 0],
+            positions_L=decoded.positions_R + 1,
+            is_random=is_random,
+            is_filtered=is_filtered,
         )
         # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
         self.rows.last_tokens_S[seats_L] = tokens_L
         return torch.where(is_finite_L, tokens_L, NOT_FINITE)
+
+
+class DecodeShape(NamedTuple):
+    """What the host knows of a captured step: bounds that hold for any row."""
+
+    num_tokens: int
+    num_decodes: int
+    max_query_len: int
+    max_context_len: int
 
 
 def step_result(plan: StepPlan, words: StepWords, samples: np.ndarray, seconds: float) -> StepResult:

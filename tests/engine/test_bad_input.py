@@ -60,6 +60,7 @@ def test_output_stops_at_the_last_position(llm: LLM) -> None:
         {"temperature": math.nan},
         {"temperature": -0.1},
         {"temperature": math.inf},
+        {"temperature": 10**400},
         {"temperature": "hot"},
         {"top_p": 0.0},
         {"top_p": 1.1},

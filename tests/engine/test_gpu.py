@@ -1,0 +1,132 @@
+"""The engine on a GPU: bf16 bit-equal with graphs and overlap on or off, fp32 invariant, bf16 logits as near to fp32 as
+those of transformers, no host sync in the steady loop. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minillm import LLM, SamplingParams
+from tests.engine.forward import forward_logits
+
+pytestmark = pytest.mark.gpu
+
+BASE: dict[str, Any] = {
+    "device": "cuda",
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 40,
+    "max_model_len": 512,
+    "num_kv_blocks": 600,
+    "block_size": 16,
+    "enable_prefix_caching": False,
+}
+
+
+def prompts(num: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 500) for _ in range(rng.randrange(1, 200))] for _ in range(num)]
+
+
+def params(num: int) -> list[SamplingParams]:
+    """Greedy, plain random and filtered rows by turns, of different lengths."""
+    kinds = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02}]
+    return [SamplingParams(**kinds[i % 3], seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(num)]
+
+
+def outputs(model: str, options: dict[str, Any], num: int = 20) -> list[list[int]]:
+    with LLM(model, **(BASE | options)) as llm:
+        return [out.token_ids for out in llm.generate(prompts(num), params(num))]
+
+
+@pytest.mark.parametrize("model", ["random:tiny-qwen3", "random:smollm2-135m"])
+def test_bf16_is_bit_equal_with_graphs_and_overlap_on_or_off(model: str) -> None:
+    plain = outputs(model, {"enforce_eager": True, "overlap": False})
+    assert outputs(model, {"enforce_eager": True, "overlap": True}) == plain
+    assert outputs(model, {"enforce_eager": False, "overlap": False}) == plain
+    assert outputs(model, {"enforce_eager": False, "overlap": True}) == plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 16},
+        {"max_num_batched_tokens": 64, "block_size": 32, "num_kv_blocks": 300},
+        {"max_num_batched_tokens": 1024},
+        {"enable_prefix_caching": True},
+        {"enforce_eager": True, "overlap": False},
+        {"num_kv_blocks": 45},
+    ],
+)
+def test_fp32_does_not_depend_on_how_it_runs(options: dict[str, Any]) -> None:
+    model = "random:tiny-llama"
+    expected = outputs(model, {"dtype": "float32"}, num=9)
+    assert outputs(model, {"dtype": "float32"} | options, num=9) == expected
+
+
+def test_bf16_logits_are_as_near_to_fp32_as_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=2048,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+    )
+    Qwen3ForCausalLM(shape).save_pretrained(tmp_path)
+    write_word_tokenizer(tmp_path, shape.vocab_size)
+    ids = prompts(1)[0] + prompts(2)[1] * 3
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).cuda().eval()
+        with torch.inference_mode():
+            logits[dtype] = model(torch.tensor([ids], device="cuda")).logits[0].float()
+        del model
+    theirs = logits[torch.bfloat16] - logits[torch.float32]
+    with LLM(str(tmp_path), **(BASE | {"dtype": "bfloat16"})) as llm:
+        ours = forward_logits(llm, ids) - logits[torch.float32]
+    scale = float(logits[torch.float32].abs().mean())
+    print(f"bf16 error rms / mean |logit|: ours {rms(ours) / scale:.4f}, transformers {rms(theirs) / scale:.4f}")
+    assert rms(ours) <= 1.05 * rms(theirs)
+
+
+def rms(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")).save(
+        str(folder / "tokenizer.json")
+    )
+
+
+def test_the_steady_loop_never_waits_but_for_its_results() -> None:
+    with LLM("random:tiny-qwen3", **BASE) as llm:
+        llm.generate(prompts(20), params(20))  # every kernel is compiled
+        for prompt, each in zip(prompts(20), params(20), strict=True):
+            llm.engine.add(prompt, each)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while llm.engine.has_work:
+                llm.engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_cache_fills_what_is_left() -> None:
+    options = {"device": "cuda", "max_num_batched_tokens": 512, "max_num_seqs": 8}
+    with LLM("random:smollm2-135m", **options, gpu_memory_utilization=0.2) as llm:
+        free, total = torch.cuda.mem_get_info()
+        assert total - free < 0.3 * total
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids
