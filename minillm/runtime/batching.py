@@ -115,7 +115,7 @@ def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> 
 
 def column(values: array[int]) -> np.ndarray:
     """An array('i') as a numpy view."""
-    return np.frombuffer(values, np.int32)
+    return np.asarray(values, np.int32)
 
 
 def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
