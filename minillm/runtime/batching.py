@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.core.plan import StepPlan
-from minillm.runtime.rows import Rows
+from minillm.runtime.rows import Ints, Rows
 
 NUM_ROW_COLUMNS = 5
 
@@ -28,11 +28,11 @@ NUM_ROW_COLUMNS = 5
 class StepWords:
     """The sections of a step's buffer in order, and what the host knows about the step."""
 
-    sections: tuple[np.ndarray, ...]
+    sections: tuple[Ints, ...]
     """int32 arrays: row columns, tokens, logit rows, logit seats, places, blocks, seated rows, parameters, from, to."""
-    order: np.ndarray
+    order: Ints
     """Planned row of each row of the batch."""
-    num_logits: np.ndarray
+    num_logits: Ints
     """Logits per row of the batch."""
     num_rows: int
     """Rows of the batch, padding not counted; the three below count it."""
@@ -66,7 +66,7 @@ def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> 
     places, blocks = rows.block_words(plan)
     counts = column(plan.counts)
     is_long = counts > 1
-    order = np.argsort(is_long, kind="stable")
+    order = np.argsort(is_long, kind="stable").astype(np.int32)
     counts, is_long = counts[order], is_long[order]
     num_tokens = column(plan.num_tokens)
     token_offsets = np.where(num_tokens > 0, np.cumsum(num_tokens) - num_tokens, -1)[order]
@@ -113,7 +113,7 @@ def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> 
     )
 
 
-def column(values: array[int]) -> np.ndarray:
+def column(values: array[int]) -> Ints:
     """An array('i') as a numpy view."""
     return np.asarray(values, np.int32)
 
@@ -128,7 +128,7 @@ def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
     return sizes[at] if at < len(sizes) else num_rows
 
 
-def padding_columns(num_rows: int, num_padding: int) -> np.ndarray:
+def padding_columns(num_rows: int, num_padding: int) -> Ints:
     """Row columns of padding: seat 0, whose table leads to block 0, computes its last token again at position 0."""
     columns = np.zeros((NUM_ROW_COLUMNS, num_padding), np.int32)
     columns[2] = 1
@@ -137,7 +137,7 @@ def padding_columns(num_rows: int, num_padding: int) -> np.ndarray:
     return columns
 
 
-def trailing(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def trailing(ends: Ints, counts: Ints) -> Ints:
     """The last counts[i] indices before ends[i], for every i, flat.
 
     >>> trailing(np.array([3, 9]), np.array([1, 2])).tolist()

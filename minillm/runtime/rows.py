@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minillm.core.plan import RowParams, StepPlan
+
+Ints = NDArray[np.int32]
 
 # Columns of a row's parameters, as 32-bit words: temperature, top_k, top_p, min_p, seed (low word, high word).
 NUM_PARAM_WORDS = 6
@@ -30,7 +33,7 @@ class Rows:
         self.is_random_S = np.zeros(num_rows, dtype=bool)
         self.is_filtered_S = np.zeros(num_rows, dtype=bool)
 
-    def seat(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+    def seat(self, plan: StepPlan) -> tuple[Ints, Ints]:
         """Note the plan's new seats on the host; return their rows and parameter words, int32 [n] and [n, 6]."""
         rows = np.fromiter((s.row for s in plan.seats), np.int32, len(plan.seats))
         words = np.zeros((len(rows), NUM_PARAM_WORDS), np.int32)
@@ -40,7 +43,7 @@ class Rows:
             self.is_filtered_S[seat.row] = seat.params.temperature > 0 and is_filtered(seat.params)
         return rows, words
 
-    def block_words(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+    def block_words(self, plan: StepPlan) -> tuple[Ints, Ints]:
         """Flat places in the block tables and what goes there, int32 [n] each: new seats' tables, then the rest."""
         triples = np.frombuffer(plan.blocks, np.int32).reshape(-1, 3)
         places = [np.arange(len(s.blocks), dtype=np.int32) + s.row * self.max_blocks for s in plan.seats]
@@ -57,7 +60,7 @@ class Rows:
             self.params_S6[rows] = words
 
 
-def param_words(params: RowParams) -> np.ndarray:
+def param_words(params: RowParams) -> Ints:
     """A row's parameters as six 32-bit words; floats and the seed keep their bits."""
     floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32)
     seed = np.array([params.seed], np.int64).view(np.int32)

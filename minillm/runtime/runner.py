@@ -23,7 +23,7 @@ from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import NUM_ROW_COLUMNS, StepWords, step_words
 from minillm.runtime.cuda_graphs import Decoded, DecodeGraphs
-from minillm.runtime.rows import NUM_PARAM_WORDS, Rows
+from minillm.runtime.rows import NUM_PARAM_WORDS, Ints, Rows
 from minillm.runtime.verify import verified
 
 NOT_FINITE = -1
@@ -33,7 +33,7 @@ NOT_FINITE = -1
 class Pending:
     """A step on its way. `wait` blocks until its own tokens have arrived on the host."""
 
-    def __init__(self, plan: StepPlan, words: StepWords, arrive: Callable[[], tuple[np.ndarray, float]]) -> None:
+    def __init__(self, plan: StepPlan, words: StepWords, arrive: Callable[[], tuple[Ints, float]]) -> None:
         self._plan, self._words, self._arrive = plan, words, arrive
 
     def wait(self) -> StepResult:
@@ -73,12 +73,12 @@ class Runner:
         if self._worker is not None:
             self._worker.shutdown()
 
-    def _run_here(self, words: StepWords) -> tuple[np.ndarray, float]:
+    def _run_here(self, words: StepWords) -> tuple[Ints, float]:
         start = time.perf_counter()
         samples = self._step(words)
         return samples.numpy(), time.perf_counter() - start
 
-    def _launch(self, words: StepWords) -> Callable[[], tuple[np.ndarray, float]]:
+    def _launch(self, words: StepWords) -> Callable[[], tuple[Ints, float]]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         samples = self._step(words)
@@ -87,7 +87,7 @@ class Runner:
         on_host.copy_(samples, non_blocking=True)
         end.record()
 
-        def arrive() -> tuple[np.ndarray, float]:
+        def arrive() -> tuple[Ints, float]:
             end.synchronize()
             return on_host.numpy(), begin.elapsed_time(end) / 1e3
 
@@ -179,7 +179,7 @@ class DecodeShape(NamedTuple):
     max_context_len: int
 
 
-def step_result(plan: StepPlan, words: StepWords, samples: np.ndarray, seconds: float) -> StepResult:
+def step_result(plan: StepPlan, words: StepWords, samples: Ints, seconds: float) -> StepResult:
     """Sort the samples of a batch back into the plan's rows, keep the drafts that hold, and name the failed rows."""
     ends = np.empty(words.num_rows, np.int64)
     ends[words.order] = np.cumsum(words.num_logits)
