@@ -2,7 +2,7 @@
 
 Weights are packed once for the matrix library at hand; attention copies one row's pages at a time, so that keys and
 values are still in cache when they are read. Contract and shape letters: `minillm.kernels`.
-Also here: g rows of one context length, c context length, n queries, i and j bounds of a tile of queries.
+Also here: g rows of one context length, c context length, n queries, X pages, Y elements of a page.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def linear(x_TD: Tensor, weight_OD: PackedWeight | Tensor, bias_O: Tensor | None
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, computed in fp32 -> y_TD."""
-    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    return torch.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """residual += x in place; the norm of the sum -> y_TD."""
-    return F.rms_norm(residual_TD.add_(x_TD), weight_D.shape, weight_D, eps)
+    return torch.rms_norm(residual_TD.add_(x_TD), weight_D.shape, weight_D, eps)
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:
@@ -122,22 +122,22 @@ def rotary_and_store(
     """Norm q and k per head if weights are given, rotate both in fp32, store k and v -> q_TNH (a view)."""
     block_size, head_size = kv_2BKPH.shape[3:]
     num_tokens, num_rotated, half = qkv_TC.shape[0], num_heads + num_kv_heads, head_size // 2
-    qkv_TXH = qkv_TC.view(num_tokens, num_rotated + num_kv_heads, head_size)
-    in_TXH, v_TKH = qkv_TXH[:, :num_rotated], qkv_TXH[:, num_rotated:]
+    in_TXH = qkv_TC.view(num_tokens, num_rotated + num_kv_heads, head_size)
     if q_norm_H is not None and k_norm_H is not None:
-        q_TNH = F.rms_norm(in_TXH[:, :num_heads], q_norm_H.shape, q_norm_H, eps)
-        in_TXH = torch.cat((q_TNH, F.rms_norm(in_TXH[:, num_heads:], k_norm_H.shape, k_norm_H, eps)), dim=1)
+        q_TNH, k_TKH, v_TKH = in_TXH.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q_TNH = torch.rms_norm(q_TNH, q_norm_H.shape, q_norm_H, eps)
+        in_TXH = torch.cat((q_TNH, torch.rms_norm(k_TKH, k_norm_H.shape, k_norm_H, eps), v_TKH), dim=1)
+    in_TXH = in_TXH.to(cos_sin_EH.dtype)
     cos_T1h, sin_T1h = cos_sin_EH.index_select(0, positions_T).unsqueeze(1).chunk(2, dim=-1)
-    low_TXh, high_TXh = in_TXH.to(cos_sin_EH.dtype).chunk(2, dim=-1)
-    out_TXH = torch.empty((num_tokens, num_rotated, head_size), dtype=cos_sin_EH.dtype)
-    torch.mul(low_TXh, cos_T1h, out=out_TXH[..., :half]).addcmul_(high_TXh, sin_T1h, value=-1.0)
-    torch.mul(high_TXh, cos_T1h, out=out_TXH[..., half:]).addcmul_(low_TXh, sin_T1h)
+    low_TXh, high_TXh = in_TXH[:, :num_rotated].chunk(2, dim=-1)
+    out_TXH = torch.empty_like(in_TXH)
+    torch.mul(low_TXh, cos_T1h, out=out_TXH[:, :num_rotated, :half]).addcmul_(high_TXh, sin_T1h, value=-1.0)
+    torch.mul(high_TXh, cos_T1h, out=out_TXH[:, :num_rotated, half:]).addcmul_(low_TXh, sin_T1h)
+    out_TXH[:, num_rotated:] = in_TXH[:, num_rotated:]
     out_TXH = out_TXH.to(qkv_TC.dtype)
-    # [keys or values, block, kv head, slot, head size] seen as [block, slot, kv head, head size]
-    blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
-    kv_2BPKH = kv_2BKPH.transpose(2, 3)
-    kv_2BPKH[0].index_put_((blocks_T, offsets_T), out_TXH[:, num_heads:])
-    kv_2BPKH[1].index_put_((blocks_T, offsets_T), v_TKH)
+    # [keys or values, block, kv head, slot, head size] seen as [block, slot, keys or values, kv head, head size]
+    kv_T2KH = out_TXH[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_size)
+    kv_2BKPH.permute(1, 3, 0, 2, 4).index_put_((slots_T // block_size, slots_T % block_size), kv_T2KH)
     return out_TXH[:, :num_heads]
 
 
@@ -162,25 +162,26 @@ def attention(
     """
     num_tokens, num_heads, head_size = q_TNH.shape
     num_blocks, num_kv_heads, block_size = kv_2BKPH.shape[1:4]
-    group = num_heads // num_kv_heads
     out_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=q_TNH.dtype)
-    starts, contexts = query_starts_R1.tolist(), context_lens_R.tolist()
-    # A page is one head's keys (or values) of one block; page numbers of all rows at once, [row, 2, K, block].
-    pages_XY = kv_2BKPH.reshape(2 * num_blocks * num_kv_heads, block_size * head_size)
-    first_2K1 = torch.arange(0, pages_XY.shape[0], num_blocks * num_kv_heads)[:, None, None]
-    first_2K1 = first_2K1 + torch.arange(num_kv_heads)[:, None]
-    used_RM = block_tables_SM[:, : -(-max_context_len // block_size)].index_select(0, rows_R)
-    tables_R2KM = first_2K1 + (used_RM * num_kv_heads)[:, None, None, :]
-
-    for first, last in alike(contexts[:num_decodes], 2 * kv_2BKPH[0, 0, :, 0].numel() * kv_2BKPH.element_size()):
+    contexts = context_lens_R.tolist()
+    # A page is one head's keys, or values, of one block: contiguous. Numbers of all pages of all rows, in one go.
+    num_pages = 2 * num_blocks * num_kv_heads
+    pages_XY = kv_2BKPH.reshape(num_pages, block_size * head_size)
+    heads_2K = torch.arange(0, num_pages, num_blocks * num_kv_heads).unsqueeze(1) + torch.arange(num_kv_heads)
+    tables_RM = block_tables_SM[:, : -(-max_context_len // block_size)].index_select(0, rows_R)
+    tables_R2KM = heads_2K.unsqueeze(2) + (tables_RM * num_kv_heads).view(len(contexts), 1, 1, -1)
+    for first, last in alike(contexts[:num_decodes], 2 * num_kv_heads * head_size * kv_2BKPH.element_size()):
         kv_g2KcH = gather(pages_XY, tables_R2KM[first:last], contexts[first], block_size)
-        q_gKnH = q_TNH[starts[first] : starts[last]].view(last - first, num_kv_heads, group, head_size)
+        # The queries of a key/value head's group are like queries of one head.
+        q_gKnH = q_TNH[first:last].view(last - first, num_kv_heads, -1, head_size)
         o_gKnH = F.scaled_dot_product_attention(q_gKnH, kv_g2KcH[:, 0], kv_g2KcH[:, 1], scale=scale)
-        out_TNH[starts[first] : starts[last]] = o_gKnH.reshape(last - first, num_heads, head_size)
-    for row in range(num_decodes, len(contexts)):
-        kv_2KcH = gather(pages_XY, tables_R2KM[row : row + 1], contexts[row], block_size)[0]
-        chunk = slice(starts[row], starts[row + 1])
-        attend_chunk(q_TNH[chunk], kv_2KcH, scale, out_TNH[chunk])
+        out_TNH[first:last].view(q_gKnH.shape).copy_(o_gKnH)
+    if num_decodes < len(contexts):
+        starts = query_starts_R1.tolist()
+        for row in range(num_decodes, len(contexts)):
+            chunk = slice(starts[row], starts[row + 1])
+            kv_2KcH = gather(pages_XY, tables_R2KM[row : row + 1], contexts[row], block_size)[0]
+            attend_chunk(q_TNH[chunk], kv_2KcH, scale, out_TNH[chunk])
     return out_TNH
 
 
@@ -198,8 +199,8 @@ def alike(contexts: list[int], bytes_per_token: int) -> Iterator[tuple[int, int]
 
 def gather(pages_XY: Tensor, tables_g2KM: Tensor, context: int, block_size: int) -> Tensor:
     """Copy rows' pages together -> kv_g2KcH, a view that ends at the context's last token."""
-    num_used = -(-context // block_size)
     num_rows, _, num_kv_heads, _ = tables_g2KM.shape
+    num_used = -(-context // block_size)
     kv_XY = pages_XY.index_select(0, tables_g2KM[..., :num_used].reshape(-1))
     return kv_XY.view(num_rows, 2, num_kv_heads, num_used * block_size, -1)[:, :, :, :context]
 
