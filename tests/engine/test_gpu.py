@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minillm import LLM, SamplingParams
+from tests.engine.checkpoints import write_word_tokenizer
 from tests.engine.forward import forward_logits
 
 pytestmark = pytest.mark.gpu
@@ -101,14 +102,6 @@ def test_bf16_logits_are_as_near_to_fp32_as_those_of_transformers(tmp_path: Path
 
 def rms(x: torch.Tensor) -> float:
     return float(x.square().mean().sqrt())
-
-
-def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")).save(
-        str(folder / "tokenizer.json")
-    )
 
 
 def test_the_steady_loop_never_waits_but_for_its_results() -> None:

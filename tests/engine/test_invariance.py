@@ -128,3 +128,25 @@ def test_neighbours_do_not_matter(model: str, alone: dict[str, list[list[int]]],
             assert got == alone[kind]
         margins = [smallest_margin(llm, p, out) for p, out in zip(prompts(), alone["greedy"], strict=True)]
     assert min(margins) > MARGIN, f"these prompts have near-ties and prove nothing: {margins}"
+
+
+REAL = [
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "In the beginning, the ship left the harbour with forty sailors, two cats and a map that nobody could read.",
+]
+
+
+def test_same_tokens_on_a_real_model() -> None:
+    """SmolLM2: budgets of 16 and 512, whole prompts, blocks of 32, prefix cache and overlap, greedy and seeded."""
+    params = [SamplingParams(temperature=t, top_k=50, seed=4, max_tokens=8, ignore_eos=True) for t in (0.0, 0.8)]
+    each = [p for p in params for _ in REAL]
+    found = []
+    for options in (
+        {"max_num_batched_tokens": 16, "overlap": True, "enable_prefix_caching": True},
+        {"block_size": 32, "num_kv_blocks": 350},
+        {"enable_chunked_prefill": False},
+    ):
+        with LLM("smollm2", **(BASE | options)) as llm:
+            found.append(tokens_of(llm, [llm.encode(text) for text in REAL * 2], each))
+    assert found[0] == found[1] == found[2]
