@@ -289,8 +289,9 @@ def kept_tokens(scores_V: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
 
 
 def default_dtype() -> torch.dtype:
-    """What "auto" is on a CPU, as measured: fp32 keeps up with bf16 on one stream, and beats it in prompts and batches.
+    """What "auto" is on a CPU: bf16 where the CPU multiplies it in matrix units (AMX), else fp32.
 
-    bf16 products are fast with matrix units (AMX) only.
+    Without them, measured on SmolLM2-135M, bf16 decodes 1.1 to 1.3 times as fast as fp32 but reads prompts 0.8 times
+    as fast, and fp32 gives every row the same tokens in any batch.
     """
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
