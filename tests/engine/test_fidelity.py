@@ -7,7 +7,6 @@ is the engine's next token, then by induction its own greedy search gives the sa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -54,17 +53,7 @@ def llm() -> Iterator[LLM]:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def oracle(smollm2_path: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def test_greedy_tokens_and_logits_equal_transformers(llm: LLM, oracle: torch.nn.Module) -> None:
+def test_greedy_tokens_and_logits_equal_transformers(llm: LLM, smollm2_oracle: torch.nn.Module) -> None:
     prompts = [llm.encode(text) for text in [*PROMPTS, long_text()]]
     assert len(prompts) == 20
     assert 1900 < len(prompts[-1]) < 2300
@@ -73,7 +62,7 @@ def test_greedy_tokens_and_logits_equal_transformers(llm: LLM, oracle: torch.nn.
     for prompt, out in zip(prompts, llm.generate(prompts, params), strict=True):
         ids = prompt + out.token_ids
         with torch.inference_mode():
-            theirs = oracle(torch.tensor([ids])).logits[0]
+            theirs = smollm2_oracle(torch.tensor([ids])).logits[0]
         ours = forward_logits(llm, ids)
         errors.append(float((ours - theirs).abs().max()))
         assert theirs[len(prompt) - 1 : -1].argmax(-1).tolist() == out.token_ids

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minillm.kernels import gpu, reference
-from minillm.kernels.attention import choose_tile
-from minillm.kernels.decode_attention import decode_attention, max_segments
+from minillm.kernels.attention import Tile, choose_tile, paired
+from minillm.kernels.decode_attention import MAX_SORTED_ROWS, choose_shares, decode_attention, max_segments
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 MIXED = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 40), (2, 2), (15, 15), (16, 16), (17, 17), (3, 35), (16, 48), (31, 33)]
@@ -58,19 +58,41 @@ def test_block_and_tile_sizes(make_batch, device, poisoned, block_size, block_to
     assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
-def test_decode_in_segments_is_exact_and_equal_under_any_bound(make_batch, device, poisoned) -> None:
-    rows = [(1, context) for context in (1, 32, 33, 65, 513)]  # 513: more than the most segments of 32
-    q_TNH, inputs = make_batch(rows, num_kv_heads=8, num_heads=8, device=device)
-    assert max_segments(8) == 16
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+def test_decode_is_exact_and_equal_however_rows_are_shared(make_batch, device, poisoned, num_kv_heads) -> None:
+    rows = [(1, context) for context in (128, 1, 129, 300, 128, 2100)]  # 2100: more than 16 segments of the least size
+    q_TNH, inputs = make_batch(rows, num_kv_heads=num_kv_heads, num_heads=8, head_size=16, device=device)
     names = ("kv_2BKPH", "block_tables_SM", "rows_R", "context_lens_R", "scale", "num_decodes")
     outs = []
-    for bound in (513, 100_000):
+    for shares, bound in ((1, 2100), (2, 2100), (3, 100_000), (100, 2100), (None, 2100)):
         out_TNH = torch.full_like(q_TNH, torch.nan)
         arguments = {name: inputs[name] for name in names}
-        decode_attention(q_TNH, out_TNH, **arguments, max_context_len=bound, min_segment=32)
+        decode_attention(q_TNH, out_TNH, **arguments, max_context_len=bound, shares=shares)
         outs.append(out_TNH)
     assert largest_error(outs[0], oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
-    assert torch.equal(outs[0], outs[1])
+    assert all(torch.equal(out_TNH, outs[0]) for out_TNH in outs)
+
+
+def test_shares_fill_the_gpu() -> None:
+    assert choose_shares(2048, 132) == choose_shares(88, 132) == 1
+    assert [choose_shares(8 * num_rows, 132) for num_rows in (1, 4, 8)] == [33, 9, 5]
+    assert max_segments(8) == 16 and max_segments(1) == 128
+
+
+def test_many_rows_in_order_of_length(make_batch, device, poisoned) -> None:
+    """More rows than are sorted at once, with equals; then more than are sorted at all."""
+    for num_rows in (40, MAX_SORTED_ROWS + 1):
+        rows = [(1, 1 + 7 * i % 20) for i in range(num_rows)]
+        q_TNH, inputs = make_batch(rows, head_size=16, device=device)
+        assert largest_error(gpu.attention(q_TNH, **inputs), oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
+
+
+def test_many_rows_of_few_queries(make_batch, device, poisoned) -> None:
+    """More rows than a program counts at once to find its own."""
+    rows = [(2 + i % 3, 5 + i % 4) for i in range(150)]
+    q_TNH, inputs = make_batch(rows, num_heads=1, num_kv_heads=1, head_size=16, device=device)
+    out_TNH = gpu.attention(q_TNH, **inputs)
+    assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
 def check_alone(make_batch, device, dtype, rows) -> None:
@@ -130,6 +152,20 @@ def test_tile_that_does_not_fit_names_the_largest_that_does() -> None:
         choose_tile(4, 128, 2, 48, 100 * 1024)
 
 
+def test_tiles_that_may_be_paired() -> None:
+    limit = 227 * 1024
+    assert paired(choose_tile(4, 128, 2, None, limit), 128, 2, limit) == Tile(128, 64, 2, max_registers=128)
+    assert paired(choose_tile(4, 64, 2, None, limit), 64, 2, limit) == Tile(128, 64, 2, max_registers=128)
+    for head_size, size, keys, some in (
+        (128, 2, 128, limit),  # no registers for it
+        (256, 2, None, limit),
+        (128, 4, None, limit),
+        (128, 2, None, 99 * 1024),  # no shared memory
+    ):
+        alone = choose_tile(4, head_size, size, keys, some)
+        assert paired(alone, head_size, size, some) is alone
+
+
 def test_block_tokens_reaches_the_kernel(make_batch, device) -> None:
     q_TNH, inputs = make_batch([(3, 9)], head_size=256, device=device)
     with pytest.raises(ValueError, match="block_tokens=512"):
@@ -174,9 +210,13 @@ def sdpa(q_TNH, inputs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("head_size", [64, 96, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(
+    ("group", "head_size", "dtype"),
+    [(group, 128, torch.bfloat16) for group in (1, 2, 3, 4, 7, 8)]
+    + [(4, 64, torch.bfloat16), (2, 96, torch.bfloat16)]
+    + [(7, 64, torch.float16), (1, 96, torch.float16), (4, 128, torch.float16)]
+    + [(3, 64, torch.float32), (8, 96, torch.float32), (2, 128, torch.float32)],
+)
 def test_error_is_near_that_of_sdpa(make_batch, device, poisoned, group, head_size, dtype) -> None:
     rows = [(1, c) for c in (1, 16, 17, 255, 256, 257, 1000, 4100, 5000)]
     rows += [(2, 2), (17, 17), (128, 128), (129, 2000), (300, 300), (512, 1500)]
@@ -196,12 +236,16 @@ def test_error_is_near_that_of_sdpa(make_batch, device, poisoned, group, head_si
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_row_does_not_depend_on_its_neighbours_on_a_gpu(make_batch, device, dtype) -> None:
     rows = [(1, 20), (1, 300), (1, 257), (1, 5000), (2, 2), (3, 20), (40, 65), (300, 1000), (129, 129)]
+    if dtype != torch.float32:
+        rows.append((3000, 3000))  # with it, not alone, the others' programs run in pairs
     check_alone(make_batch, device, dtype, rows)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("block_size", "block_tokens"),
+    [(16, 16), (16, 64), (16, 128), (32, 128), (64, 32), (64, 64), (128, 64), (128, 128)],
+)
 def test_block_and_tile_sizes_on_a_gpu(make_batch, device, block_size, block_tokens) -> None:
     rows = [(1, 700), (200, 700), (64, 64)]
     q_TNH, inputs = make_batch(

@@ -76,11 +76,3 @@ def llama_folder(tmp_path: Path) -> Path:
     """A folder of its own with a tiny Llama, for tests that damage it."""
     make_hf_model("llama").save_pretrained(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The default model's file, fetched into the cache if it is not there."""
-    from minillm.model.sources import pull
-
-    return pull("smollm2")

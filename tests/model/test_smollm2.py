@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,17 +22,8 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def oracle(smollm2: Path) -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-
-    yield AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, local_files_only=True
-    ).eval()
-
-
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
-def test_logits_equal_transformers(smollm2: Path, oracle: Any, ops: ModuleType) -> None:
+def test_logits_equal_transformers(smollm2: Path, smollm2_oracle: Any, ops: ModuleType) -> None:
     files = resolve(str(smollm2))
     model = Transformer(load_config(files), ops=ops, dtype=torch.float32, device="cpu")
     load_weights(model, files)
@@ -41,7 +31,7 @@ def test_logits_equal_transformers(smollm2: Path, oracle: Any, ops: ModuleType) 
     steps = [(5, 1), (1, 7), *((len(sequences[0]) - 6, len(sequences[1]) - 8),)]
     for sequence, logits in zip(sequences, PagedRun(model, sequences).run(steps), strict=True):
         with torch.no_grad():
-            expected = oracle(torch.tensor([sequence])).logits[0]
+            expected = smollm2_oracle(torch.tensor([sequence])).logits[0]
         assert (logits - expected).abs().max() <= 1e-3
 
 
