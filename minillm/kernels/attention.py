@@ -16,7 +16,7 @@ P block size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -33,35 +33,44 @@ LOG2_E = 1.4426950408889634
 def read_pages(table_ptr, key_start, num_keys, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr):
     """Blocks of the keys from `key_start` on: one number if a block holds the whole tile, else one for each key.
 
-    Read a turn before they are needed, so that no load of keys waits for them. 64-bit: they become element offsets.
+    Read a turn before they are needed, so that no load of keys waits for them. Nothing may be computed from them in
+    the turn that reads them, not even a cast: the compiler would prefetch the numbers instead of the keys.
     """
     if BLOCK_SIZE >= TILE_KEYS:
-        page = tl.load(table_ptr + key_start // BLOCK_SIZE, mask=key_start < num_keys, other=0)
+        pages = tl.load(table_ptr + key_start // BLOCK_SIZE, mask=key_start < num_keys, other=0)
     else:
         keys = key_start + tl.arange(0, TILE_KEYS)
-        page = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_keys, other=0)
-    return page.to(tl.int64)
+        pages = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_keys, other=0)
+    return pages
 
 
 @triton.jit
 def read_tile(base_ptr, pages, key_start, num_keys,
               BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
               HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Keys or values [TILE_KEYS, PADDED_HEAD] of one head; zero past the row's keys if MASKED."""
-    keys = key_start + tl.arange(0, TILE_KEYS)
+    """Keys or values [TILE_KEYS, PADDED_HEAD] of one head; zero past the row's keys if MASKED.
+
+    `key_start` is a multiple of the tile. Only a block's offset is 64-bit; that within the block is the same each turn.
+    """
+    keys = tl.arange(0, TILE_KEYS)
     dims = tl.arange(0, PADDED_HEAD)
-    offsets = pages * BLOCK_STRIDE + (keys % BLOCK_SIZE) * HEAD_SIZE
-    pointers = base_ptr + offsets[:, None] + dims[None, :]
+    block_offsets = pages.to(tl.int64) * BLOCK_STRIDE
+    if BLOCK_SIZE >= TILE_KEYS:
+        pointers = base_ptr + block_offsets + ((key_start % BLOCK_SIZE + keys) * HEAD_SIZE)[:, None] + dims[None, :]
+    else:
+        pointers = base_ptr + block_offsets[:, None] + ((keys % BLOCK_SIZE) * HEAD_SIZE)[:, None] + dims[None, :]
+    is_key = (key_start + keys < num_keys)[:, None]
+    is_dim = (dims < HEAD_SIZE)[None, :]
     if MASKED:  # stale slots may hold NaN, which a weight of zero would not remove
         if PADDED_HEAD == HEAD_SIZE:
-            tile = tl.load(pointers, mask=(keys < num_keys)[:, None], other=0.0)
+            tile = tl.load(pointers, mask=is_key, other=0.0)
         else:
-            tile = tl.load(pointers, mask=(keys < num_keys)[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=is_key & is_dim, other=0.0)
     else:
         if PADDED_HEAD == HEAD_SIZE:
             tile = tl.load(pointers)
         else:
-            tile = tl.load(pointers, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=is_dim, other=0.0)
     return tile
 
 
@@ -95,19 +104,20 @@ def attend(q, acc, top, total, pages, positions, k_ptr, v_ptr, table_ptr, begin,
 
 @triton.jit
 def find_row(query_starts_ptr, slot, first_row, num_rows, TILE_QUERIES: tl.constexpr):
-    """The row that owns a grid slot: the last one whose first slot, start // TILE_QUERIES + index, is not beyond it."""
+    """The row that owns a grid slot: the last one whose first slot, start // TILE_QUERIES + index, is not beyond it.
+
+    Counted 128 rows at a time: a binary search would wait for one load after the other.
+    """
     first_query = tl.load(query_starts_ptr + first_row)
-    low = 0
-    high = num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(query_starts_ptr + first_row + middle) - first_query
-        if start // TILE_QUERIES + middle <= slot:
-            low = middle
-        else:
-            high = middle
-    row_start = tl.load(query_starts_ptr + first_row + low)
-    return first_row + low, row_start, slot - ((row_start - first_query) // TILE_QUERIES + low)
+    num_before = 0
+    for chunk in range(0, num_rows, 128):
+        index = chunk + tl.arange(0, 128)
+        starts = tl.load(query_starts_ptr + first_row + index, mask=index < num_rows, other=0) - first_query
+        is_before = (starts // TILE_QUERIES + index <= slot) & (index < num_rows)
+        num_before += tl.sum(is_before.to(tl.int32), 0)
+    row = first_row + num_before - 1
+    row_start = tl.load(query_starts_ptr + row)
+    return row, row_start, slot - ((row_start - first_query) // TILE_QUERIES + num_before - 1)
 
 
 # The integer tensors are slices of a packed buffer: their alignment changes from step to step and must not recompile.
@@ -166,13 +176,17 @@ def attention_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch parameters. They follow from shapes and dtype alone, never from the batch, so neither do a row's sums."""
+    """Launch parameters. `rows` and `keys` follow from shapes and dtype alone, never from the batch: they set the order
+    of a row's sums. `stages` and `max_registers` do not change a bit of them.
+    """
 
     rows: int
     """Queries times heads of a group that a program owns."""
     keys: int
     stages: int
     """Turns of the loop whose keys and values are in flight or in use."""
+    max_registers: int | None = None
+    """Registers of a thread, None for all that it wants: a cap lets two programs share a multiprocessor."""
 
     def shared_bytes(self, padded_head: int, element_size: int) -> int:
         """Bound of the kernel's shared memory: queries, keys and values of each stage, block numbers."""
@@ -189,8 +203,14 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device; under the interpreter a few, so that small batches take every path."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
+@cache
 def choose_tile(group: int, head_size: int, element_size: int, block_tokens: int | None, shared_limit: int) -> Tile:
-    """The tile for these shapes; `block_tokens` sets its keys, else the measured default (H100, feasibility C).
+    """The tile for these shapes; `block_tokens` sets its keys, else the measured default (H100, docs/log.md).
 
     Raises ValueError if `block_tokens` is no power of two of at least 16 or its tile does not fit shared memory.
     """
@@ -205,7 +225,7 @@ def choose_tile(group: int, head_size: int, element_size: int, block_tokens: int
     if not fitting:
         raise ValueError(f"no tile for head size {head_size} fits {shared_limit} bytes of shared memory")
     if block_tokens is None:
-        wanted = 128 if is_half else 16  # exact float32 products hold their operands in registers
+        wanted = 64 if is_half else 16  # exact float32 products hold their operands in registers
         return max(fitting, key=lambda tile: (tile.keys <= wanted, tile.stages > 1, tile.keys, tile.stages))
     for tile in fitting:
         if tile.keys == block_tokens:
@@ -214,6 +234,18 @@ def choose_tile(group: int, head_size: int, element_size: int, block_tokens: int
         f"block_tokens={block_tokens} does not fit {shared_limit} bytes of shared memory with head size {head_size}: "
         f"the largest that does is {fitting[0].keys}"
     )
+
+
+def paired(tile: Tile, head_size: int, element_size: int, shared_limit: int) -> Tile:
+    """The same tile such that two programs share a multiprocessor and fill each other's waits; as it was if none fits.
+
+    For many programs: short prompts gain a quarter. One program on a multiprocessor of its own is faster uncapped.
+    """
+    padded_head = max(16, triton.next_power_of_2(head_size))
+    pair = replace(tile, stages=2, max_registers=128)
+    does_fit = 2 * pair.shared_bytes(padded_head, element_size) <= shared_limit
+    holds_sums = tile.rows * (padded_head + tile.keys) <= 128 * 192  # of the 128 * 256 numbers that the cap leaves
+    return pair if element_size == 2 and does_fit and holds_sums else tile
 
 
 def paged_attention(
@@ -237,12 +269,15 @@ def paged_attention(
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
     num_rows = rows_R.shape[0] - first_row
     group = num_heads // num_kv_heads
-    tile = choose_tile(group, head_size, q_TNH.element_size(), block_tokens, shared_memory(q_TNH.device))
-    num_slots = (num_tokens - first_row) // (tile.rows // group) + num_rows
-    attention_kernel[(num_slots, num_kv_heads)](
+    shared_limit = shared_memory(q_TNH.device)
+    tile = choose_tile(group, head_size, q_TNH.element_size(), block_tokens, shared_limit)
+    num_full = (num_tokens - first_row) // (tile.rows // group)
+    if num_full * num_kv_heads > num_multiprocessors(q_TNH.device):
+        tile = paired(tile, head_size, q_TNH.element_size(), shared_limit)
+    attention_kernel[(num_full + num_rows, num_kv_heads)](
         q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
         scale * LOG2_E, block_tables_SM.stride(0), first_row, num_rows,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
         PADDED_HEAD=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=block_size,
-        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=8,
+        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=8, maxnreg=tile.max_registers,
     )  # fmt: skip
