@@ -97,13 +97,15 @@ def all_cases(ops: ModuleType, device: torch.device, dtype: torch.dtype) -> Iter
     shape = LARGE if is_gpu else SMALL
     maker = partial(attention_case, ops, shape, device, dtype)
     if is_gpu:
-        for num_rows, context in ((1, 1000), (1, 4000), (8, 4000), (64, 1000), (256, 1000), (256, 4000)):
+        for num_rows, context in ((1, 1000), (1, 4000), (1, 32_000), (8, 4000), (64, 1000), (256, 1000), (256, 4000)):
             yield maker(f"decode {num_rows} x {context}", [(1, context)] * num_rows)
+        yield maker("decode 64 x 100..2000", [(1, 100 + 977 * i % 1900) for i in range(64)])
         yield maker("decode 256 x 200..1000", [(1, 200 + 800 * i // 255) for i in range(256)])
         for num_rows, length in ((16, 1024), (4, 4096), (2, 8192)):
             yield maker(f"prefill {num_rows} x {length}", [(length, length)] * num_rows)
         yield maker("prefill 2 x 8192, blocks of 64", [(8192, 8192)] * 2, block_size=64)
         yield maker("chunk 512 at 8192", [(512, 8192)])
+        yield maker("8 drafts of 4 at 4000", [(4, 4000)] * 8)
         mixed = [(1, 1000)] * 64 + [(512, 2048)]
         yield maker("64 decodes + chunk 512", mixed)
         yield maker("64 decodes + chunk 512, one launch", mixed, one_launch=True)

@@ -129,10 +129,11 @@ def decode_kernel(
         scores = tl.dot(k, q, input_precision="ieee") * scale_log2
         scores = tl.where((key_start + tl.arange(0, TILE_KEYS) < end)[:, None], scores, float("-inf"))
         new_top = tl.ceil(tl.maximum(top, tl.max(scores, 0)))
-        weights = tl.exp2(scores - new_top[None, :])
+        weights = tl.exp2(scores - new_top[None, :]).to(v.dtype)
         shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 0)
-        acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
+        # Summed as rounded: the largest weight is not quite 1, but a key that outweighs all others must come out as 1.
+        total = total * shrink + tl.sum(weights.to(tl.float32), 0)
+        acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
         top = new_top
         if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
             if IS_SHARED:

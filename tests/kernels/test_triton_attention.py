@@ -103,6 +103,24 @@ def test_many_rows_of_few_queries(make_batch, device, poisoned) -> None:
     assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("shares", [1, 2])
+def test_the_only_key_seen_is_returned_to_the_bit(make_batch, device, poisoned, shares) -> None:
+    """Alone in its row, or so near the query that the other keys weigh nothing: the rounding of its weight cancels."""
+    q_TNH, inputs = make_batch([(1, 1), (1, 140)], num_heads=16, dtype=torch.float16, device=device)
+    heads = torch.arange(16, device=device) // 8
+    seat = inputs["rows_R"][1]
+    block, slot = inputs["block_tables_SM"][seat, 135 // 16], 135 % 16
+    q_TNH[1] *= 8
+    inputs["kv_2BKPH"][0, block, :, slot] = q_TNH[1, ::8]
+    q_TNH[1] = q_TNH[1, ::8][heads]
+    first = inputs["block_tables_SM"][inputs["rows_R"][0], 0]
+    values = torch.stack((inputs["kv_2BKPH"][1, first, :, 0], inputs["kv_2BKPH"][1, block, :, slot]))
+    out_TNH = torch.full_like(q_TNH, torch.nan)
+    names = ("kv_2BKPH", "block_tables_SM", "rows_R", "context_lens_R", "scale", "num_decodes", "max_context_len")
+    decode_attention(q_TNH, out_TNH, **{name: inputs[name] for name in names}, shares=shares)
+    assert torch.equal(out_TNH, values[:, heads])
+
+
 def check_alone(make_batch, device, dtype, rows) -> None:
     """Each row's output is bit-equal alone and among the others, whatever the bounds."""
     q_TNH, inputs = make_batch(rows, num_heads=6, dtype=dtype, device=device)
@@ -220,8 +238,8 @@ def sdpa(q_TNH, inputs):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("group", "head_size", "dtype"),
-    [(group, 128, torch.bfloat16) for group in (1, 2, 3, 4, 7, 8)]
-    + [(4, 64, torch.bfloat16), (2, 96, torch.bfloat16)]
+    [(4, 128, torch.bfloat16), (7, 128, torch.bfloat16), (8, 128, torch.bfloat16)]
+    + [(3, 64, torch.bfloat16), (2, 96, torch.bfloat16)]
     + [(7, 64, torch.float16), (1, 96, torch.float16), (4, 128, torch.float16)]
     + [(3, 64, torch.float32), (8, 96, torch.float32), (2, 128, torch.float32)],
 )
@@ -252,7 +270,7 @@ def test_a_row_does_not_depend_on_its_neighbours_on_a_gpu(make_batch, device, dt
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("block_size", "block_tokens"),
-    [(16, 16), (16, 64), (16, 128), (32, 128), (64, 32), (64, 64), (128, 64), (128, 128)],
+    [(16, 16), (16, 128), (32, 128), (64, 32), (128, 64)],
 )
 def test_block_and_tile_sizes_on_a_gpu(make_batch, device, block_size, block_tokens) -> None:
     rows = [(1, 700), (200, 700), (64, 64)]
