@@ -61,7 +61,7 @@ def test_block_and_tile_sizes(make_batch, device, poisoned, block_size, block_to
 @pytest.mark.parametrize(
     ("num_kv_heads", "contexts", "many_shares"),
     [
-        (1, (128, 1, 129, 300, 128, 700), (1, 2, 3, 100, None)),
+        (1, (128, 1, 129, 300, 700), (1, 3, 100, None)),
         (8, (2100,), (1, 3)),  # more than the most segments, 16, of the least size
     ],
 )
