@@ -7,11 +7,23 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from minillm.errors import ConfigError
+from minillm.types import MAX_SEED, shown
 
 __all__ = ["Configs", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
+MAX_SIZES: Mapping[str, int] = MappingProxyType(
+    {
+        "max_model_len": 2**24,
+        "max_num_batched_tokens": 2**20,
+        "max_num_seqs": 2**14,
+        "num_kv_blocks": 2**31 - 2,
+        "min_chunk_size": 2**20,
+        "max_chunk_size": 2**20,
+    }
+)
+"""Most that a size may be: beyond any machine, and within 32 bits on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +53,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that the engine may use, in (0, 1]; on a CPU, of what is free."""
     num_kv_blocks: int | None = None
-    """Blocks of the KV cache; None fills the memory that is left."""
+    """Blocks of the KV cache that requests can use; None fills the memory that is left."""
     enforce_eager: bool = False
     """Launch every kernel by itself rather than replaying CUDA graphs."""
     overlap: bool = True
@@ -51,24 +63,32 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_chunk_size", "num_kv_blocks"):
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(self.dtype)}")
+        if not isinstance(self.device, str):
+            raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {shown(self.device)}")
+        for name, high in MAX_SIZES.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
-            raise ConfigError(f"block_size must be one of {BLOCK_SIZES}, not {self.block_size!r}")
-        if not isinstance(self.min_chunk_size, int) or self.min_chunk_size < 1:
-            raise ConfigError(f"min_chunk_size must be a positive integer, not {self.min_chunk_size!r}")
+            if not is_int_in(value, 1, high) and (value is not None or name == "min_chunk_size"):
+                raise ConfigError(f"{name} must be an integer from 1 to {high}, not {shown(value)}")
+        if self.block_size is not None and not (is_int_in(self.block_size, 1, 128) and self.block_size in BLOCK_SIZES):
+            raise ConfigError(f"block_size must be one of {BLOCK_SIZES}, not {shown(self.block_size)}")
         if self.max_chunk_size is not None and self.max_chunk_size < self.min_chunk_size:
             raise ConfigError(f"max_chunk_size {self.max_chunk_size} is below min_chunk_size {self.min_chunk_size}")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization!r}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0.0 < share <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be a number in (0, 1], not {shown(share)}")
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "overlap"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be an integer from 0 to 2**63-1, not {self.seed!r}")
+                raise ConfigError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+        if not is_int_in(self.seed, 0, MAX_SEED):
+            raise ConfigError(f"seed must be an integer from 0 to 2**63-1, not {shown(self.seed)}")
+        if not self.enable_chunked_prefill and self.max_chunk_size is not None:
+            raise ConfigError("max_chunk_size means nothing without chunked prefill: leave it out, or chunk prompts")
+
+
+def is_int_in(value: object, low: int, high: int) -> bool:
+    """Whether `value` is an integer, no bool, in [low, high]."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True)

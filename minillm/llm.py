@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minillm.config import EngineConfig
-from minillm.engine.launch import launch
+from minillm.engine.interrupts import interrupts_deferred
+from minillm.engine.launch import DEFAULT_MODEL, launch
 from minillm.engine.output import TextStream
-from minillm.errors import RequestError
-from minillm.types import FinishReason, RequestOutput, SamplingParams
+from minillm.errors import ConfigError, RequestError
+from minillm.types import FinishReason, RequestOutput, SamplingParams, as_int, shown
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -37,69 +39,81 @@ class LLM:
         print(out.text, out.timings)
     """
 
-    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
         """`model`: smollm2, a folder, a .gguf file, a hub id or random:NAME. `options`: fields of EngineConfig.
 
         Raises TypeError for an unknown option; ConfigError, ModelNotFoundError, CheckpointError, DownloadError.
         """
+        if not isinstance(model, (str, Path)):
+            raise ConfigError(f"model must be a name or a path, not {shown(model)}")
         self.config = EngineConfig(**options)
-        launched = launch(model, self.config)
+        launched = launch(str(model), self.config)
         self.engine, self._runner = launched.engine, launched.runner
         self.tokenizer, self.model_config = launched.tokenizer, launched.model_config
+        self._streams: dict[int, TextStream] = {}
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many; outputs come in the order of the prompts.
+        """Complete one prompt or many; outputs come in the order of the prompts. A lower `priority` is served first.
 
-        All inputs are checked first: RequestError names the index of a bad one, and nothing has started.
+        All inputs are checked first: RequestError names the index of a bad one, and nothing has started. Raises
+        EngineError if a step fails or the LLM was closed.
         """
         batch = as_batch(prompts)
-        each = self._params_of(params, len(batch))
+        each = params_of(params, len(batch))
         encoded = [self._checked(i, prompt, each[i]) for i, prompt in enumerate(batch)]
-        streams = [self._start(ids, p) for ids, p in zip(encoded, each, strict=True)]
+        streams: list[TextStream] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("generating", total=len(streams))
-            for _ in self._run(streams):
-                bar.advance(task)
+        try:
+            streams.extend(self._start(ids, p, priority) for ids, p in zip(encoded, each, strict=True))
+            with Progress(*columns, disable=not progress) as bar:
+                task = bar.add_task("generating", total=len(streams))
+                waiting = streams
+                while waiting := [stream for stream in waiting if not stream.is_done]:
+                    self._step()
+                    bar.update(task, completed=len(streams) - len(waiting))
+                bar.update(task, completed=len(streams))
+        finally:
+            self._end(streams)
         return [stream.output(str(i)) for i, stream in enumerate(streams)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Complete one prompt, yielding text as it becomes certain. Leaving the loop early ends the request."""
-        params = params or SamplingParams()
-        stream = self._start(self._checked(None, prompt, params), params)
-        num_yielded = 0
-        try:
-            while not stream.is_done:
-                for generation in self.engine.step():
-                    if generation is not stream.generation:
-                        continue
-                    text = stream.advance()
-                    output = stream.output("0") if stream.is_done else None
-                    token_ids = stream.token_ids[num_yielded:]
-                    num_yielded += len(token_ids)
-                    yield StreamChunk(
-                        text=text, token_ids=token_ids, finish_reason=generation.finish_reason, output=output
-                    )
-        finally:
-            self.engine.abort_all()
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[StreamChunk]:
+        """Complete one prompt, yielding text as it becomes certain. Leaving the loop early ends the request.
+
+        Streams may be read by turns: each turn advances all of them. Raises RequestError at once; EngineError.
+        """
+        params = params_of(params, 1)[0]
+        return self._chunks(self._checked(None, prompt, params), params, priority)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text with the model's special tokens, messages through its chat template."""
+        """Token ids of a prompt: text with the model's special tokens, messages through its chat template.
+
+        Raises RequestError for anything else.
+        """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
+        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
+            prompt = prompt.tolist()
+        if isinstance(prompt, Mapping):
+            raise RequestError("a chat is a list of messages: put the message into a list")
+        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            raise RequestError(f"a prompt is a text, a list of token ids or a list of messages, not {shown(prompt)}")
         if prompt and all(isinstance(part, Mapping) for part in prompt):
             return self.tokenizer.encode_chat([dict(part) for part in prompt if isinstance(part, Mapping)])
         return list(prompt)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """End what runs and let go of the device's worker."""
-        self.engine.abort_all()
+        """End what runs and take no more. Weights and cache are freed with the object."""
+        self._end(list(self._streams.values()))
+        self.engine.close()
         self._runner.close()
 
     def __enter__(self) -> LLM:
@@ -110,15 +124,6 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _params_of(self, params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        if isinstance(params, SamplingParams):
-            return [params] * num
-        if len(params) != num:
-            raise RequestError(f"{num} prompts and {len(params)} sampling parameters; give one for all, or one each")
-        return list(params)
-
     def _checked(self, index: int | None, prompt: Prompt, params: SamplingParams) -> list[int]:
         try:
             ids = self.encode(prompt)
@@ -127,25 +132,58 @@ class LLM:
             raise error if index is None else RequestError(f"prompt {index}: {error}") from error
         return ids
 
-    def _start(self, ids: list[int], params: SamplingParams) -> TextStream:
-        return TextStream(self.engine, self.tokenizer, self.engine.add(ids, params), ids)
+    def _start(self, ids: list[int], params: SamplingParams, priority: int) -> TextStream:
+        generation = self.engine.add(ids, params, priority)
+        stream = TextStream(self.engine, self.tokenizer, generation, ids)
+        self._streams[generation.request.number] = stream
+        return stream
 
-    def _run(self, streams: Sequence[TextStream]) -> Iterator[TextStream]:
-        """Step until all streams ended, yielding each as it does; what is left when the caller goes is aborted."""
-        by_generation = {id(stream.generation): stream for stream in streams}
-        num_left = len(streams)
-        try:
-            while num_left:
-                for generation in self.engine.step():
-                    stream = by_generation.get(id(generation))
-                    if stream is None:
-                        continue
+    def _step(self) -> None:
+        """Advance every request of this LLM by a step."""
+        with interrupts_deferred():
+            for generation in self.engine.step():
+                stream = self._streams.get(generation.request.number)
+                if stream is not None:
                     stream.advance()
-                    if stream.is_done:
-                        num_left -= 1
-                        yield stream
+
+    def _end(self, streams: Sequence[TextStream]) -> None:
+        """End those of `streams` that have not ended, and no other request."""
+        with interrupts_deferred():
+            for stream in streams:
+                self._streams.pop(stream.generation.request.number, None)
+                self.engine.finish(stream.generation, FinishReason.ABORT)
+            self.engine.drain()
+
+    def _chunks(self, ids: list[int], params: SamplingParams, priority: int) -> Iterator[StreamChunk]:
+        stream = self._start(ids, params, priority)
+        try:
+            is_done = False
+            while not is_done:
+                if not stream.is_done:
+                    self._step()
+                is_done, (text, token_ids) = stream.is_done, stream.take()
+                if token_ids or text or is_done:
+                    yield StreamChunk(
+                        text=text,
+                        token_ids=token_ids,
+                        finish_reason=stream.finish_reason,
+                        output=stream.output("0") if is_done else None,
+                    )
         finally:
-            self.engine.abort_all()
+            self._end([stream])
+
+
+def params_of(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
+    """One SamplingParams per prompt, from one for all, one each, or none."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise RequestError(f"params must be SamplingParams or a list of them, not {shown(params)}")
+    if len(params) != num:
+        raise RequestError(f"{num} prompts and {len(params)} sampling parameters; give one for all, or one each")
+    return list(params)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -154,6 +192,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     >>> as_batch([1, 2, 3])
     [[1, 2, 3]]
     """
-    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], (int, Mapping)):
-        return [prompts] if prompts != [] else []  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, (list, tuple)):
+        return [prompts]  # type: ignore[list-item]
+    is_one = bool(prompts) and (as_int(prompts[0]) is not None or isinstance(prompts[0], Mapping))
+    return [prompts] if is_one else list(prompts)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import index
+from typing import SupportsFloat, SupportsIndex
 
 from minillm.errors import RequestError
 
@@ -11,6 +14,9 @@ __all__ = ["CompletionOutput", "FinishReason", "RequestOutput", "SamplingParams"
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
+MAX_SHOWN = 80
+MIN_TEMPERATURE = 1e-5
+"""Below this a temperature is greedy: logits divided by less could overflow."""
 
 
 class FinishReason(StrEnum):
@@ -30,7 +36,7 @@ class SamplingParams:
     max_tokens: int = 256
     """Most tokens to generate, at least 1."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token (greedy)."""
+    """Divides the logits; 0, or less than 1e-5, takes the most likely token (greedy)."""
     top_k: int = 0
     """Keep the k most likely tokens and their ties; 0 or -1 keeps all."""
     top_p: float = 1.0
@@ -55,14 +61,14 @@ class SamplingParams:
         if self.seed is not None:
             check_int("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+            raise RequestError(f"ignore_eos must be True or False, not {shown(self.ignore_eos)}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
+            raise RequestError(f"stop must be a string or a list of non-empty strings, not {shown(self.stop)}")
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
         if not isinstance(self.stop_token_ids, (list, tuple)):
-            raise RequestError(f"stop_token_ids must be a list of integers, not {self.stop_token_ids!r}")
+            raise RequestError(f"stop_token_ids must be a list of integers, not {shown(self.stop_token_ids)}")
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0, 2**31 - 1)
 
@@ -73,19 +79,50 @@ class SamplingParams:
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise RequestError unless `value` is an integer (not a bool) in [low, high]."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+    """Raise RequestError unless `value` is an integer in [low, high]."""
+    number = as_int(value)
+    if number is None or not low <= number <= high:
+        raise RequestError(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
 
 
 def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
     """Raise RequestError unless `value` is a finite number in [low, high], or in (low, high] if `low_open`."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        is_inside = low <= value <= high and not (low_open and value == low)  # never for NaN
-    else:
-        is_inside = False
-    if not is_inside:
-        raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
+    number = as_float(value)
+    if not low <= number <= high or (low_open and number == low):  # true for NaN
+        raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {shown(value)}")
+
+
+def as_int(value: object) -> int | None:
+    """An integer, numpy's too, as an int; None for anything else, a bool as well."""
+    if type(value) is int:
+        return value
+    try:
+        return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
+    except TypeError:  # an array that is no number
+        return None
+
+
+def as_float(value: object) -> float:
+    """A number, numpy's too, as a float; NaN for anything else, a bool as well."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
+    except TypeError:
+        return math.nan
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: short, whatever it is.
+
+    >>> shown(10**5000)
+    'a number of too many digits'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "a number of too many digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 @dataclass(slots=True, kw_only=True)

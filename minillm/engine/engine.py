@@ -15,7 +15,7 @@ from minillm.core.scheduler import Scheduler
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
 from minillm.engine.metrics import Metrics
 from minillm.errors import EngineError, RequestError
-from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings
+from minillm.types import MAX_SEED, MIN_TEMPERATURE, FinishReason, SamplingParams, Timings, as_int, shown
 
 
 class Generation:
@@ -75,6 +75,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._num_added = 0
         self._failure: BaseException | None = None
+        self._is_closed = False
 
     @property
     def has_work(self) -> bool:
@@ -92,9 +93,10 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if this request can never be served; change nothing."""
         for at, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+            number = as_int(token)
+            if number is None or not 0 <= number < self.vocab_size:
                 raise RequestError(
-                    f"prompt token {at} is {token!r}; token ids are integers from 0 to {self.vocab_size - 1}"
+                    f"prompt token {at} is {shown(token)}; token ids are integers from 0 to {self.vocab_size - 1}"
                 )
         for token in params.stop_token_ids:
             if token >= self.vocab_size:
@@ -104,7 +106,12 @@ class Engine:
             raise RequestError(reason)
 
     def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Generation:
-        """Queue a request. Raises RequestError, or EngineError once a step has failed."""
+        """Queue a request; a lower `priority` is served first.
+
+        Raises RequestError, or EngineError once a step has failed or the engine was closed.
+        """
+        if self._is_closed:
+            raise EngineError("this engine was closed; make another LLM")
         if self._failure is not None:
             raise EngineError(f"the engine stopped: {self._failure}") from self._failure
         self.check(prompt, params)
@@ -113,11 +120,12 @@ class Engine:
         stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_token_ids |= frozenset(self.eos_token_ids)
+        temperature = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
         request = Request(
             self._num_added,
             prompt,
             max_tokens=params.max_tokens,
-            params=RowParams(params.temperature, max(0, params.top_k), params.top_p, params.min_p, seed),
+            params=RowParams(temperature, max(0, params.top_k), params.top_p, params.min_p, seed),
             stop_token_ids=stop_token_ids,
             priority=priority,
             arrival=self.clock(),
@@ -151,12 +159,17 @@ class Engine:
         self._count(done)
         return changed
 
-    def abort_all(self) -> None:
-        """End every request and wait for the step in flight."""
+    def drain(self) -> None:
+        """Wait for the step in flight if no request is left to wait for it."""
+        while self._in_flight is not None and not self._live and self._failure is None:
+            self.step()
+
+    def close(self) -> None:
+        """End every request, let the step in flight end, and take no more."""
         for generation in list(self._live.values()):
             self.finish(generation, FinishReason.ABORT)
-        while self._in_flight is not None and self._failure is None:
-            self.step()
+        self.drain()
+        self._is_closed = True
 
     def _note(self, generation: Generation, now: float) -> None:
         generation.note(now)

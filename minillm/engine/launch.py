@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from minillm.config import EngineConfig, ModelConfig
 from minillm.core.scheduler import Scheduler, SchedulerLimits
 from minillm.engine.engine import Engine
-from minillm.model.sources import load_config, load_weights, resolve
+from minillm.model.sources import DEFAULT_MODEL, load_config, load_weights, resolve
 from minillm.runtime.runner import Runner
 from minillm.runtime.startup import start_runner
 from minillm.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["DEFAULT_MODEL", "Launched", "launch"]
 
 
 @dataclass(kw_only=True)

@@ -19,26 +19,38 @@ class TextStream:
         self._matcher = StopMatcher(generation.params.stop_strings)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
+        self._num_taken = 0, 0
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended, or None; a stop string counts even if its last token was the last one allowed."""
+        reason = self.generation.finish_reason
+        return FinishReason.STOP if reason is FinishReason.LENGTH and self._matcher.is_matched else reason
 
     @property
     def is_done(self) -> bool:
         """Whether the request has ended."""
         return self.generation.finish_reason is not None
 
-    def advance(self) -> str:
-        """Take the new tokens; return the text that is now certain."""
-        tokens = self.generation.take_new_tokens()
-        piece = "".join(self._read(token) for token in tokens if not self._matcher.is_matched)
+    def advance(self) -> None:
+        """Take the new tokens, and end the request if they complete a stop string."""
+        for token in self.generation.take_new_tokens():
+            if not self._matcher.is_matched:
+                self._pieces.append(self._read(token))
         if self._matcher.is_matched:
             self._engine.finish(self.generation, FinishReason.STOP)
         elif self.is_done:
-            piece += self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish()
-        self._pieces.append(piece)
-        return piece
+            self._pieces.append(self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish())
+
+    def take(self) -> tuple[str, list[int]]:
+        """Text that is certain and tokens that came, since the last call."""
+        text, token_ids = "".join(self._pieces[self._num_taken[0] :]), self.token_ids[self._num_taken[1] :]
+        self._num_taken = len(self._pieces), len(self.token_ids)
+        return text, token_ids
 
     def output(self, request_id: str) -> RequestOutput:
         """The finished request."""
-        text, reason = "".join(self._pieces), self.generation.finish_reason
+        text, reason = "".join(self._pieces), self.finish_reason
         completion = CompletionOutput(index=0, text=text, token_ids=self.token_ids, finish_reason=reason)
         return RequestOutput(
             request_id=request_id,

@@ -22,6 +22,8 @@ O output features, E entries of a rotary table = positions.
     attention(q_TNH, *, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1, context_lens_R, scale, num_decodes,
               max_query_len, max_context_len, block_tokens=None, one_launch=False) -> o_TNH
         causal, bottom-right aligned: query i of a row with n queries and context c sees keys 0 .. c - n + i.
+        Rows of one token are all among the first `num_decodes`, of which those with none or several are no decodes;
+        `max_query_len` and `max_context_len` are bounds.
         `kv_2BKPH` is one layer of the cache: [keys or values, block, kv head, slot, head size].
     sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
         -> tokens_L (int32), is_finite_L (bool)

@@ -103,46 +103,45 @@ def attend(q, acc, top, total, pages, positions, k_ptr, v_ptr, table_ptr, begin,
 
 
 @triton.jit
-def find_row(query_starts_ptr, slot, first_row, num_rows, TILE_QUERIES: tl.constexpr):
+def find_row(query_starts_ptr, slot, num_rows, TILE_QUERIES: tl.constexpr):
     """The row that owns a grid slot: the last one whose first slot, start // TILE_QUERIES + index, is not beyond it.
 
     Counted 128 rows at a time: a binary search would wait for one load after the other.
     """
-    first_query = tl.load(query_starts_ptr + first_row)
     num_before = 0
     for chunk in range(0, num_rows, 128):
         index = chunk + tl.arange(0, 128)
-        starts = tl.load(query_starts_ptr + first_row + index, mask=index < num_rows, other=0) - first_query
+        starts = tl.load(query_starts_ptr + index, mask=index < num_rows, other=0)
         is_before = (starts // TILE_QUERIES + index <= slot) & (index < num_rows)
         num_before += tl.sum(is_before.to(tl.int32), 0)
-    row = first_row + num_before - 1
+    row = num_before - 1
     row_start = tl.load(query_starts_ptr + row)
-    return row, row_start, slot - ((row_start - first_query) // TILE_QUERIES + num_before - 1)
+    return row, row_start, slot - (row_start // TILE_QUERIES + row)
 
 
 # The integer tensors are slices of a packed buffer: their alignment changes from step to step and must not recompile.
 @triton.jit(
     do_not_specialize=[
-        "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "first_row", "num_rows",
+        "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows",
     ]
 )  # fmt: skip
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, block_tables_ptr, rows_ptr, query_starts_ptr, context_lens_ptr,
-    scale_log2, table_stride, first_row, num_rows,
+    scale_log2, table_stride, num_rows,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, MIN_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first_row` .. of the batch. Grid: (slots of query tiles, key heads)."""
+    """Rows of at least MIN_QUERIES queries. Grid: (slots of query tiles, key heads)."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     TILE_QUERIES: tl.constexpr = TILE_ROWS // GROUP
     BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
     kv_head = tl.program_id(1)
-    row, row_start, slot = find_row(query_starts_ptr, tl.program_id(0), first_row, num_rows, TILE_QUERIES)
+    row, row_start, slot = find_row(query_starts_ptr, tl.program_id(0), num_rows, TILE_QUERIES)
     num_queries = tl.load(query_starts_ptr + row + 1) - row_start
     # The last tile of a row sees the most keys: it starts first.
     first_query = (tl.cdiv(num_queries, TILE_QUERIES) - 1 - slot) * TILE_QUERIES
-    if first_query >= 0:
+    if (first_query >= 0) & (num_queries >= MIN_QUERIES):
         num_keys = tl.load(context_lens_ptr + row)
         table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
 
@@ -258,26 +257,27 @@ def paged_attention(
     query_starts_R1: Tensor,
     context_lens_R: Tensor,
     scale: float,
-    first_row: int,
+    min_queries: int,
     block_tokens: int | None = None,
 ) -> None:
-    """Attention of rows `first_row` .. R - 1 into their tokens of `out_TNH`; the rows before own one token each.
+    """Attention of rows with at least `min_queries` query tokens (1 or more) into their tokens of `out_TNH`.
 
     The grid is a bound from T and R, both known on the host: no sync, and a captured launch serves any lengths.
     """
     num_tokens, num_heads, head_size = q_TNH.shape
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
-    num_rows = rows_R.shape[0] - first_row
+    num_rows = rows_R.shape[0]
     group = num_heads // num_kv_heads
     shared_limit = shared_memory(q_TNH.device)
     tile = choose_tile(group, head_size, q_TNH.element_size(), block_tokens, shared_limit)
-    num_full = (num_tokens - first_row) // (tile.rows // group)
+    num_full = num_tokens // (tile.rows // group)
     if num_full * num_kv_heads > num_multiprocessors(q_TNH.device):
         tile = paired(tile, head_size, q_TNH.element_size(), shared_limit)
     attention_kernel[(num_full + num_rows, num_kv_heads)](
         q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
-        scale * LOG2_E, block_tables_SM.stride(0), first_row, num_rows,
+        scale * LOG2_E, block_tables_SM.stride(0), num_rows,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
         PADDED_HEAD=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=block_size,
-        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, num_warps=8, maxnreg=tile.max_registers,
+        TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, STAGES=tile.stages, MIN_QUERIES=min_queries,
+        num_warps=8, maxnreg=tile.max_registers,
     )  # fmt: skip

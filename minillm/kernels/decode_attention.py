@@ -75,10 +75,10 @@ def row_of_rank(context_lens_ptr, rank, num_rows, PADDED_ROWS: tl.constexpr):
     return tl.sum(tl.where((ranks == rank) & (rows < num_rows), rows, 0), 0)
 
 
-@triton.jit(do_not_specialize=["rows_ptr", "context_lens_ptr", "table_stride", "num_rows"])
+@triton.jit(do_not_specialize=["rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, block_tables_ptr, rows_ptr, context_lens_ptr,
-    scale_log2, table_stride, num_rows,
+    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, block_tables_ptr, rows_ptr, query_starts_ptr,
+    context_lens_ptr, scale_log2, table_stride, num_rows,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
     MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
@@ -97,6 +97,8 @@ def decode_kernel(
     row = tl.program_id(2)
     if IS_SORTED:
         row = row_of_rank(context_lens_ptr, row, num_rows, PADDED_ROWS)
+    if tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) != 1:
+        return
     num_keys = tl.load(context_lens_ptr + row)
     size = segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
     num_own = tl.cdiv(tl.cdiv(num_keys, size), tl.num_programs(1))
@@ -153,14 +155,16 @@ def decode_kernel(
         tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
 
 
-@triton.jit(do_not_specialize=["context_lens_ptr"])
+@triton.jit(do_not_specialize=["query_starts_ptr", "context_lens_ptr"])
 def merge_kernel(
-    acc_ptr, top_ptr, total_ptr, out_ptr, context_lens_ptr,
+    acc_ptr, top_ptr, total_ptr, out_ptr, query_starts_ptr, context_lens_ptr,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, TILE_KEYS: tl.constexpr,
     MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads): fold the partial results of a row's segments in their order."""
     row = tl.program_id(0)
+    if tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) != 1:
+        return
     num_keys = tl.load(context_lens_ptr + row)
     head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) + tl.arange(0, 1)
     dims = tl.arange(0, PADDED_HEAD)
@@ -205,13 +209,14 @@ def decode_attention(
     kv_2BKPH: Tensor,
     block_tables_SM: Tensor,
     rows_R: Tensor,
+    query_starts_R1: Tensor,
     context_lens_R: Tensor,
     scale: float,
     num_decodes: int,
     max_context_len: int,
     shares: int | None = None,
 ) -> None:
-    """Attention of rows 0 .. num_decodes - 1, each owning the token of its number, into `out_TNH`.
+    """Attention of those of the first `num_decodes` rows with one query token, the row's number, into `out_TNH`.
 
     `max_context_len` bounds those rows' contexts. Neither it nor `shares`, the programs that share a row (None: chosen
     from the number of rows), changes a bit of the result.
@@ -238,14 +243,14 @@ def decode_attention(
         "MIN_SEGMENT": MIN_SEGMENT, "MAX_SEGMENTS": most, "OVERLAPS": overlaps,
     }  # fmt: skip
     decode_kernel[(num_kv_heads, shares, num_decodes)](
-        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, acc, top, total, block_tables_SM, rows_R, context_lens_R,
-        scale * LOG2_E, block_tables_SM.stride(0), num_decodes, **common,
+        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, acc, top, total, block_tables_SM, rows_R,
+        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, **common,
         NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_sorted else 16, BLOCK_SIZE=block_size,
         STAGES=3 if is_half else 2, IS_SHARED=is_shared, IS_SORTED=is_sorted, num_warps=4 if is_half else 8,
     )  # fmt: skip
     if is_shared:
         merge_kernel[(num_decodes, num_heads)](
-            acc, top, total, out_TNH, context_lens_R, **common, num_warps=1,
+            acc, top, total, out_TNH, query_starts_R1, context_lens_R, **common, num_warps=1,
             **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip

@@ -122,29 +122,25 @@ def attention(
 ) -> Tensor:
     """Causal attention over the paged cache -> [T, N, H]; tokens that no row owns (padding) are left unwritten.
 
-    The first `num_decodes` rows go to the split-KV kernel and the others to Flash Attention 2, or all rows to the
-    latter with `one_launch`. `block_tokens` sets the keys of Flash Attention's tile (a power of two; None: measured
-    default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
+    Rows of one token, all among the first `num_decodes`, go to the split-KV kernel and the others to Flash Attention 2,
+    or all rows to the latter with `one_launch`. `block_tokens` sets the keys of Flash Attention's tile (a power of two;
+    None: measured default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
     """
     keys: dict[str, Any] = {
         "kv_2BKPH": kv_2BKPH,
         "block_tables_SM": block_tables_SM,
         "rows_R": rows_R,
+        "query_starts_R1": query_starts_R1,
         "context_lens_R": context_lens_R,
         "scale": scale,
     }
     bounds: dict[str, Any] = {"num_decodes": num_decodes, "max_context_len": max_context_len}
     if not is_supported(q_TNH, q_TNH.shape[-1]):
-        return reference.attention(
-            q_TNH, query_starts_R1=query_starts_R1, max_query_len=max_query_len, **keys, **bounds
-        )
+        return reference.attention(q_TNH, max_query_len=max_query_len, **keys, **bounds)
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
-    first_row = 0 if one_launch else num_decodes
-    if first_row:
+    if num_decodes and not one_launch:
         decode_attention(q_TNH, out_TNH, **keys, **bounds)
-    if first_row < rows_R.shape[0]:
-        paged_attention(
-            q_TNH, out_TNH, query_starts_R1=query_starts_R1, first_row=first_row, block_tokens=block_tokens, **keys
-        )
+    if max_query_len > 1 or one_launch:
+        paged_attention(q_TNH, out_TNH, min_queries=1 if one_launch else 2, block_tokens=block_tokens, **keys)
     return out_TNH

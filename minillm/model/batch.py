@@ -1,6 +1,6 @@
 """ForwardBatch: everything that a forward pass reads, as tensors. It knows no requests, plans or policies.
 
-Shapes: T tokens of this step, R rows of this step, L positions that need logits, S seats in device state,
+Shapes: T tokens of this step, R rows of this step, S seats in device state,
 M blocks a seat can hold.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(slots=True, kw_only=True)
 class ForwardBatch:
-    """A step's inputs. Rows with one query token come first (`num_decodes` of them), each owning one token.
+    """A step's inputs. Rows with one query token come first; padding may add empty rows behind all others.
 
     tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks, drafts)
     rows    | 0 1 2 |       3       |    4    |      query_starts: 0 1 2 3 10 14
@@ -33,10 +33,9 @@ class ForwardBatch:
     """int32: seat of each row, an index into `block_tables_SM`."""
     block_tables_SM: Tensor
     """int32: resident block tables of all seats (never a gathered copy)."""
-    logit_rows_L: Tensor
-    """int64: indices of tokens whose logits are wanted."""
     num_decodes: int
-    """Rows, all in front, with exactly one query token."""
+    """Rows in front that may have exactly one query token; none behind them has, and those among them that have none or
+    several are not decodes."""
     max_query_len: int
     """Upper bound of query tokens per row, known on the host."""
     max_context_len: int

@@ -1,6 +1,6 @@
 """Transformer: one decoder for Llama, Qwen2, Qwen3 and Mistral, whose differences are fields of ModelConfig.
 
-`model(batch, kv_cache)` is all it does: no state, no phases, no gradients. It knows neither requests nor files.
+`model(batch, kv_cache, rows)` is all it does: no state, no phases, no gradients. It knows neither requests nor files.
 
 Shapes: T tokens, L rows of logits, D hidden size, V vocabulary, E positions, H head size.
 """
@@ -35,10 +35,14 @@ class Transformer(nn.Module):
         device: torch.device | str,
         tp: TPGroup | None = None,
         max_positions: int | None = None,
+        keeps_codes: bool = False,
     ) -> None:
-        """`ops`: a kernel set. `max_positions`: length of the rotary table; None takes the model's own limit."""
+        """`ops`: a kernel set. `max_positions`: length of the rotary table; None takes the model's own limit.
+
+        `keeps_codes`: whether products may use a file's 4-bit codes as they are, beside the weights in `dtype`.
+        """
         super().__init__()
-        build = Build(ops=ops, dtype=dtype, device=torch.device(device), tp=tp or TPGroup())
+        build = Build(ops=ops, dtype=dtype, device=torch.device(device), tp=tp or TPGroup(), keeps_codes=keeps_codes)
         self.config, self.ops, self.tp = config, ops, build.tp
         self.embedding = Embedding(build, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, build) for _ in range(config.num_layers))
@@ -48,30 +52,30 @@ class Transformer(nn.Module):
         self.register_buffer("cos_sin_EH", rotary_table(config, num_positions, build.device), persistent=False)
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters())
 
-    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
-        """Logits [L, V] in the model's dtype, of the tokens `batch.logit_rows_L`; writes the tokens' keys and values.
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, rows_L: Tensor) -> Tensor:
+        """Logits [L, V] in the model's dtype, of the tokens `rows_L`; writes the keys and values of all.
 
         `kv_cache` is [layers, 2, blocks, kv heads, block size, head size].
         """
-        hidden_LD = self.hidden(batch, kv_cache)
-        if hidden_LD.shape[0] == 0:  # a step inside prompts: kernels need not know empty inputs
-            return hidden_LD.new_empty(0, self.config.vocab_size)
-        logits_LV: Tensor = self.head(hidden_LD)
-        return logits_LV
+        x_TD, residual_TD = self.run_layers(batch, kv_cache)
+        return self.logits(x_TD[rows_L], residual_TD[rows_L])
 
-    def hidden(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
-        """Final normed hidden states [L, D] of the tokens `batch.logit_rows_L`: the head's input."""
+    def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers: x_TD, still to be added to residual_TD. Writes the tokens' keys and values."""
         residual_TD = self.embedding(batch.input_ids_T)
         x_TD = None
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
-        x_LD: Tensor = x_TD[batch.logit_rows_L]
-        residual_LD = residual_TD[batch.logit_rows_L]
-        if x_LD.shape[0] == 0:
-            return x_LD
-        hidden_LD: Tensor = self.ops.add_rms_norm(x_LD, residual_LD, self.norm.weight, self.config.rms_norm_eps)
-        return hidden_LD
+        return x_TD, residual_TD
+
+    def logits(self, x_LD: Tensor, residual_LD: Tensor) -> Tensor:
+        """Logits [L, V] of rows of what `run_layers` gave; changes `residual_LD`."""
+        if x_LD.shape[0] == 0:  # a step inside prompts: kernels need not know empty inputs
+            return x_LD.new_empty(0, self.config.vocab_size)
+        hidden_LD = self.ops.add_rms_norm(x_LD, residual_LD, self.norm.weight, self.config.rms_norm_eps)
+        logits_LV: Tensor = self.head(hidden_LD)
+        return logits_LV
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that a checkpoint must hold, by its Hugging Face name."""

@@ -5,8 +5,9 @@ It knows columns, not tensors: the runner copies the words and `kernels.step_inp
     | seats R | starts R | counts R | query starts R | token offsets R | tokens | logit rows L | logit seats L |
     | block places B | blocks B | seated rows N | parameters 6 N | copies from C | copies to C |
 
-Rows with one token come first, each group in the plan's order. Where every row computes and samples one token, rows of
-seat 0 and token room are added up to one of `decode_sizes`: the shapes of CUDA graphs, and of eager steps just as well.
+Rows with one token come first, each group in the plan's order. On a GPU a step is padded to one of a few shapes, those
+of CUDA graphs, and of eager steps just as well: a decode step by rows of seat 0 with one token, a mixed one by empty
+rows and by tokens of no row, the logits of both by the first token of the batch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ from minillm.runtime.rows import Ints, Rows
 NUM_ROW_COLUMNS = 5
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaddedShapes:
+    """Shapes that steps are padded to, ascending; a step beyond the largest keeps its own."""
+
+    decode_sizes: tuple[int, ...] = ()
+    """Rows of a step in which every row computes one token and samples it; rows of logits of any step."""
+    mixed_sizes: tuple[int, ...] = ()
+    """Tokens of any other step."""
+    num_rows: int = 0
+    """Rows of such a step."""
+
+
 @dataclass(slots=True, kw_only=True)
 class StepWords:
     """The sections of a step's buffer in order, and what the host knows about the step."""
@@ -38,10 +51,9 @@ class StepWords:
     """Rows of the batch, padding not counted; the three below count it."""
     num_tokens: int
     num_decodes: int
+    """Rows in front that may have one token; none behind them has."""
     num_samples: int
     """Rows of logits."""
-    is_decode: bool
-    """Whether every row computes one token and samples it: the shapes that are padded."""
     max_query_len: int
     max_context_len: int
     is_random: bool
@@ -60,7 +72,7 @@ class StepWords:
             at += section.size
 
 
-def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> StepWords:
+def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     """Lay a plan out as words, and note its new seats in `rows`' host state."""
     seated_rows, params = rows.seat(plan)
     places, blocks = rows.block_words(plan)
@@ -78,14 +90,18 @@ def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> 
     copies = column(plan.copies).reshape(-1, 2)
     columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
     tokens, logit_rows = column(plan.tokens), trailing(ends, num_logits)
-    is_decode = bool(not is_long.any() and (num_logits == 1).all())
-    num_padding = padded_size(len(order), decode_sizes) - len(order) if is_decode else 0
-    if num_padding:
-        columns = np.concatenate([columns, padding_columns(len(order), num_padding)], axis=1)
-        logit_rows = np.arange(columns.shape[1], dtype=np.int32)
-        logit_seats = columns[0]
-    if is_decode and decode_sizes:
-        tokens = np.concatenate([tokens, np.zeros(columns.shape[1] - len(tokens), np.int32)])
+    is_random, is_filtered = (bool(kind[logit_seats].any()) for kind in (rows.is_random_S, rows.is_filtered_S))
+    num_batched, num_decodes = int(ends[-1]), int(len(order) - is_long.sum())
+    if num_decodes == len(order) and num_logits.all():
+        columns = with_rows(columns, padded_size(num_decodes, shapes.decode_sizes), num_decodes, tokens_each=1)
+        num_batched = num_decodes = columns.shape[1]
+    elif num_batched <= max(shapes.mixed_sizes, default=0):
+        columns = with_rows(columns, shapes.num_rows, num_batched, tokens_each=0)
+        num_batched, num_decodes = padded_size(num_batched, shapes.mixed_sizes), shapes.num_rows
+    if shapes.decode_sizes:
+        tokens = with_zeros(tokens, num_batched)
+        num_samples = padded_size(len(logit_rows), shapes.decode_sizes) if len(logit_rows) else 0
+        logit_rows, logit_seats = with_zeros(logit_rows, num_samples), with_zeros(logit_seats, num_samples)
     return StepWords(
         sections=(
             columns.reshape(-1),
@@ -102,14 +118,13 @@ def step_words(plan: StepPlan, rows: Rows, decode_sizes: Sequence[int] = ()) -> 
         order=order,
         num_logits=num_logits,
         num_rows=len(order),
-        num_tokens=int(ends[-1]) + num_padding,
-        num_decodes=int(len(order) - is_long.sum()) + num_padding,
+        num_tokens=num_batched,
+        num_decodes=num_decodes,
         num_samples=len(logit_rows),
-        is_decode=is_decode,
         max_query_len=int(counts.max()),
         max_context_len=int((starts + counts).max()),
-        is_random=bool(rows.is_random_S[logit_seats].any()),
-        is_filtered=bool(rows.is_filtered_S[logit_seats].any()),
+        is_random=is_random,
+        is_filtered=is_filtered,
     )
 
 
@@ -128,13 +143,22 @@ def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
     return sizes[at] if at < len(sizes) else num_rows
 
 
-def padding_columns(num_rows: int, num_padding: int) -> Ints:
-    """Row columns of padding: seat 0, whose table leads to block 0, computes its last token again at position 0."""
-    columns = np.zeros((NUM_ROW_COLUMNS, num_padding), np.int32)
-    columns[2] = 1
-    columns[3] = np.arange(num_rows, num_rows + num_padding)
-    columns[4] = -1
-    return columns
+def with_zeros(words: Ints, size: int) -> Ints:
+    """`words` with zeros behind them, up to `size`."""
+    return np.concatenate([words, np.zeros(max(0, size - len(words)), np.int32)])
+
+
+def with_rows(columns: Ints, size: int, first_token: int, *, tokens_each: int) -> Ints:
+    """Row columns with rows of seat 0, whose table leads to block 0, behind them, up to `size` rows.
+
+    Such a row has no token, or computes its last one again at position 0; their tokens begin at `first_token`.
+    """
+    num = max(0, size - columns.shape[1])
+    padding = np.zeros((NUM_ROW_COLUMNS, num), np.int32)
+    padding[2] = tokens_each
+    padding[3] = first_token + np.arange(num) * tokens_each
+    padding[4] = -1
+    return np.concatenate([columns, padding], axis=1)
 
 
 def trailing(ends: Ints, counts: Ints) -> Ints:

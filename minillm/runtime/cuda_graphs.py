@@ -1,105 +1,144 @@
-"""CUDA graphs of decode steps: what takes hundreds of launches from Python replays as one.
+"""CUDA graphs of steps: what takes hundreds of launches from Python replays as two.
 
-A step of one token per row depends on its size alone, so it is captured once for each of `decode_sizes`; sampling is a
-graph of its own for each kind of work it can be asked for. It knows no plans: the runner copies a step's columns in.
+The layers are captured once for each padded shape of a step, head and sampling once for each number of logits and kind
+of sampling: any of the one goes with any of the other, through hidden states that stay where they are. It knows no
+plans: the runner copies a step's columns in.
 
-    columns, tokens --copy--> [ forward graph of this size ] --logits--> [ sampling graph of this kind ] --> samples
+    columns, tokens --copy--> [ layers, this shape ] --hidden states--> [ head and sampling, this kind ] --> samples
 
-Shapes: R rows of the size (padding included), V vocabulary.
+Shapes: T tokens, R rows, L rows of logits, D hidden size; padding included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from minillm.runtime.batching import NUM_ROW_COLUMNS
+from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes
 
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 """(is_random, is_filtered)."""
 
 
-class Decoded(NamedTuple):
-    """What the forward pass of a decode step gives."""
+class Hidden(NamedTuple):
+    """What the layers give: x_TD is still to be added to residual_TD."""
 
-    positions_R: Tensor
-    logits_RV: Tensor
+    x_TD: Tensor
+    residual_TD: Tensor
+    positions_T: Tensor
 
 
-class SizeGraphs(NamedTuple):
-    """The graphs of one size, and the tensors that they read and write."""
+class Stages(Protocol):
+    """The two parts of a step (the runner has them)."""
 
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
+        """A padded step up to the head, for rows of any length."""
+
+    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [L] of tokens `rows_L`."""
+
+
+class LayersGraph(NamedTuple):
+    """A captured shape and the tensors that it reads."""
+
+    graph: torch.cuda.CUDAGraph
     columns_5R: Tensor
-    tokens_R: Tensor
-    forward: torch.cuda.CUDAGraph
-    sampling: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, Tensor]]
+    tokens_T: Tensor
 
 
-def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Rows of captured decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 to `max_num_seqs`.
+class FinishGraph(NamedTuple):
+    """A captured kind of sampling, and the tensors that it reads and writes."""
 
-    >>> decode_sizes(20)
-    (1, 2, 4, 8, 16, 24)
+    graph: torch.cuda.CUDAGraph
+    rows_L: Tensor
+    seats_L: Tensor
+    samples_L: Tensor
+
+
+def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> PaddedShapes:
+    """Rows of decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 on; tokens of mixed ones: up to 2,048.
+
+    >>> padded_shapes(20, 300)
+    PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), mixed_sizes=(64, 128, 256, 384), num_rows=25)
     """
-    every = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_num_seqs + 32, 32)]
-    return tuple(size for i, size in enumerate(every) if i == 0 or every[i - 1] < max_num_seqs)
+    rows = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_num_seqs + 32, 32)]
+    tokens = [64, *range(128, 1024, 128), *range(1024, 2049, 256)]
+    decode_sizes = reaching(rows, max_num_seqs)
+    # A row more than any decode step has: an odd number, which never is a number of tokens.
+    return PaddedShapes(
+        decode_sizes=decode_sizes,
+        mixed_sizes=reaching(tokens, max_num_batched_tokens),
+        num_rows=decode_sizes[-1] + 1,
+    )
 
 
-class DecodeGraphs:
-    """Captured decode steps by size. All share one pool of memory: only one of them runs at a time."""
+def reaching(sizes: list[int], largest: int) -> tuple[int, ...]:
+    """Those of the ascending `sizes` up to the first that is not below `largest`."""
+    return tuple(size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < largest)
 
-    def __init__(
-        self,
-        forward: Callable[[Tensor, Tensor], Decoded],
-        sample: Callable[[Decoded, Tensor, bool, bool], Tensor],
-        sizes: Iterable[int],
-        device: torch.device,
-    ) -> None:
-        """Captures `forward(columns_5R, tokens_R)` and `sample(decoded, seats_R, is_random, is_filtered)`."""
+
+class StepGraphs:
+    """Captured steps. All share one pool of memory: one step runs at a time."""
+
+    def __init__(self, stages: Stages, shapes: PaddedShapes, device: torch.device) -> None:
+        self._stages, self._device = stages, device
         self._pool = torch.cuda.graph_pool_handle()
-        self._by_size: dict[int, SizeGraphs] = {}
-        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
-            self._by_size[size] = self._capture(forward, sample, size, device)
+        # (rows, tokens), the largest first: the others fit into its memory.
+        decodes = [(size, size) for size in reversed(shapes.decode_sizes)]
+        mixed = [(shapes.num_rows, size) for size in reversed(shapes.mixed_sizes)]
+        largest = max(decodes + mixed, key=lambda shape: shape[1])
+        warm = stages.run_layers(*self._inputs(*largest))
+        self._hidden = Hidden(*(torch.empty_like(part) for part in warm))
+        self._layers = {shape: self._capture_layers(*shape) for shape in mixed + decodes}
+        sizes = reversed(shapes.decode_sizes)
+        self._finish = {(size, kind): self._capture_finish(size, kind) for size in sizes for kind in SAMPLING_KINDS}
 
-    def holds(self, size: int) -> bool:
-        """Whether steps of this size were captured."""
-        return size in self._by_size
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden | None:
+        """Replay the layers of a step; None if its shape was not captured."""
+        captured = self._layers.get((columns_5R.shape[1], tokens_T.shape[0]))
+        if captured is None:
+            return None
+        captured.columns_5R.copy_(columns_5R)
+        captured.tokens_T.copy_(tokens_T)
+        captured.graph.replay()
+        return self._hidden
 
-    def replay(self, columns_5R: Tensor, tokens_R: Tensor, is_random: bool, is_filtered: bool) -> Tensor:
-        """Run a decode step of a captured size; its samples [R], to be copied before the next replay."""
-        graphs = self._by_size[tokens_R.shape[0]]
-        graphs.columns_5R.copy_(columns_5R)
-        graphs.tokens_R.copy_(tokens_R)
-        graphs.forward.replay()
-        graph, samples_R = graphs.sampling[is_random, is_filtered]
-        graph.replay()
-        return samples_R
+    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor | None:
+        """Replay head and sampling on what `run_layers` gave; None if that was not captured.
 
-    def _capture(
-        self,
-        forward: Callable[[Tensor, Tensor], Decoded],
-        sample: Callable[[Decoded, Tensor, bool, bool], Tensor],
-        size: int,
-        device: torch.device,
-    ) -> SizeGraphs:
-        columns_5R = torch.zeros(NUM_ROW_COLUMNS, size, dtype=torch.int32, device=device)
-        columns_5R[2] = 1
-        columns_5R[3] = torch.arange(size, device=device)
-        tokens_R = torch.zeros(size, dtype=torch.int32, device=device)
-        # Once outside a capture: kernels are compiled and libraries set up.
-        warm = forward(columns_5R, tokens_R)
-        for kind in SAMPLING_KINDS:
-            sample(warm, columns_5R[0], *kind)
+        The samples are to be copied before the next replay.
+        """
+        captured = self._finish.get((rows_L.shape[0], kind)) if hidden is self._hidden else None
+        if captured is None:
+            return None
+        captured.rows_L.copy_(rows_L)
+        captured.seats_L.copy_(seats_L)
+        captured.graph.replay()
+        return captured.samples_L
+
+    def _inputs(self, num_rows: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """A step of nothing but padding: rows of seat 0 with one token each, or empty rows and tokens of no row."""
+        columns_5R = torch.zeros(NUM_ROW_COLUMNS, num_rows, dtype=torch.int32, device=self._device)
+        if num_rows == num_tokens:
+            columns_5R[2] = 1
+            columns_5R[3] = torch.arange(num_rows, device=self._device)
+        return columns_5R, torch.zeros(num_tokens, dtype=torch.int32, device=self._device)
+
+    def _capture_layers(self, num_rows: int, num_tokens: int) -> LayersGraph:
+        inputs = self._inputs(num_rows, num_tokens)
+        self._stages.run_layers(*inputs)  # outside a capture: kernels are compiled, libraries set up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            decoded = forward(columns_5R, tokens_R)
-        sampling = {}
-        for kind in SAMPLING_KINDS:
-            sampling[kind] = (torch.cuda.CUDAGraph(), torch.empty(0))
-            with torch.cuda.graph(sampling[kind][0], pool=self._pool):
-                samples_R = sample(decoded, columns_5R[0], *kind)
-            sampling[kind] = (sampling[kind][0], samples_R)
-        return SizeGraphs(columns_5R, tokens_R, graph, sampling)
+            for kept, part in zip(self._hidden, self._stages.run_layers(*inputs), strict=True):
+                kept[:num_tokens].copy_(part)
+        return LayersGraph(graph, *inputs)
+
+    def _capture_finish(self, num_logits: int, kind: tuple[bool, bool]) -> FinishGraph:
+        rows_L, seats_L = torch.zeros(2, num_logits, dtype=torch.int32, device=self._device)
+        self._stages.finish(self._hidden, rows_L, seats_L, kind)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            samples_L = self._stages.finish(self._hidden, rows_L, seats_L, kind)
+        return FinishGraph(graph, rows_L, seats_L, samples_L)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.config import ModelConfig
-from minillm.errors import MemoryFitError
 
 CPU_CACHE_BYTES = 4 << 30
 """Most that a cache takes on a CPU unless num_kv_blocks asks for more."""
 GIB = 1 << 30
+MIN_ADVISED_STEP = 64
+CONTROL_GROUPS = (  # limit, use, statistics: version 2, then 1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 def make_kv_cache(
@@ -36,41 +41,38 @@ class MemoryBudget:
     """Bytes that the engine may use in all."""
     weights: int
     activations: int
-    """Most that one step of max_num_batched_tokens needs beside weights and cache."""
+    """Most that one step of `step_tokens` needs beside weights and cache, block tables included."""
     bytes_per_token: int
     """Cache of one token, all layers."""
-    max_num_batched_tokens: int
+    block_size: int
+    step_tokens: int
+    smaller_step_tokens: int
+    """A step that could be had instead, and what it needs."""
+    smaller_activations: int
 
     @property
-    def left(self) -> int:
-        """Bytes for the cache; negative if not even a step fits."""
-        return self.total - self.weights - self.activations
+    def num_tokens(self) -> int:
+        """Tokens of cache that fit, in whole blocks, one more block left for the dummy."""
+        return self.fitting(self.activations)
 
-    def num_blocks(self, block_size: int, max_useful_tokens: int, at_least: int) -> int:
-        """Blocks (block 0 included) that fit, no more than are of use.
+    def fitting(self, activations: int) -> int:
+        """The same if a step needed `activations`."""
+        left = self.total - self.weights - activations
+        return max(0, left // (self.bytes_per_token * self.block_size) - 1) * self.block_size
 
-        Raises MemoryFitError if fewer than `at_least` tokens fit.
-        """
-        num = self.left // (self.bytes_per_token * block_size)
-        if (num - 1) * block_size < at_least:
-            raise MemoryFitError(self.explain(at_least))
-        return min(num, -(-max_useful_tokens // block_size) + 1)
-
-    def explain(self, num_tokens: int) -> str:
-        """The three numbers, and settings that would work."""
-        need = self.weights + self.activations + num_tokens * self.bytes_per_token
-        tokens = max(0, self.left // self.bytes_per_token)
+    def explain(self, num_tokens: int, option: str) -> str:
+        """Why `num_tokens` of cache, asked for by `option`, do not fit: three numbers, and settings that would do."""
+        need = self.weights + self.activations + (num_tokens + self.block_size) * self.bytes_per_token
         advice = []
-        if tokens >= 1024:
-            advice.append(f"max_model_len={tokens // 128 * 128}")
-        smaller = self.max_num_batched_tokens // 4
-        saved = self.activations * 3 // 4
-        if smaller >= 64 and self.left + saved >= num_tokens * self.bytes_per_token:
-            advice.append(f"max_num_batched_tokens={smaller}")
+        if self.num_tokens:
+            fitting = self.num_tokens // self.block_size if option == "num_kv_blocks" else self.num_tokens
+            advice.append(f"{option}={fitting}")
+        if self.smaller_step_tokens >= MIN_ADVISED_STEP and self.fitting(self.smaller_activations) >= num_tokens:
+            advice.append(f"max_num_batched_tokens={self.smaller_step_tokens}")
         advice.append("a dtype of fewer bytes, a smaller model, or a device with more memory")
         return (
             f"the model does not fit: weights {gib(self.weights)}, activations {gib(self.activations)} in a step of "
-            f"{self.max_num_batched_tokens} tokens, cache {self.bytes_per_token / 1024:.1f} KiB per token. "
+            f"{self.step_tokens} tokens, cache {self.bytes_per_token / 1024:.1f} KiB per token. "
             f"{num_tokens} tokens of cache need {gib(need)} in all and {gib(self.total)} may be used. "
             f"Try {', or '.join(advice)}."
         )
@@ -101,16 +103,17 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     return (free, total) if limit is None else (min(free, limit), min(total, limit))
 
 
-def control_group_limit() -> int | None:
-    """Bytes that a container may still use, if one limits this process."""
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-    except (OSError, ValueError):
-        return None
-    return max(0, int(limit) - used) if limit.isdigit() else None
+def control_group_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a container may still use, if one limits this process; file pages that can go count as free."""
+    for limit_file, use_file, stat_file in CONTROL_GROUPS:
+        try:
+            limit, used = (root / limit_file).read_text().strip(), int((root / use_file).read_text())
+            stats = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            return max(0, int(limit) - used + int(stats.get("inactive_file", 0)))
+    return None
 
 
 def estimated_activations(config: ModelConfig, num_tokens: int, num_logits: int, dtype_size: int) -> int:

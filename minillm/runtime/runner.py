@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import NamedTuple
@@ -21,8 +21,8 @@ from minillm.core.plan import StepPlan, StepResult
 from minillm.kernels.step_inputs import expand_step_inputs
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
-from minillm.runtime.batching import NUM_ROW_COLUMNS, StepWords, step_words
-from minillm.runtime.cuda_graphs import Decoded, DecodeGraphs
+from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes, StepWords, step_words
+from minillm.runtime.cuda_graphs import Hidden, StepGraphs
 from minillm.runtime.rows import NUM_PARAM_WORDS, Ints, Rows
 from minillm.runtime.verify import verified
 
@@ -46,24 +46,24 @@ class Runner:
     """One device's share of the engine: `submit(plan).wait()` gives a StepResult."""
 
     def __init__(
-        self, model: Transformer, ops: ModuleType, kv_cache: Tensor, rows: Rows, decode_sizes: Sequence[int] = ()
+        self, model: Transformer, ops: ModuleType, kv_cache: Tensor, rows: Rows, shapes: PaddedShapes | None = None
     ) -> None:
-        """`decode_sizes`: rows to which steps of one token per row are padded, ascending."""
+        """`shapes`: what steps are padded to; None pads nothing."""
         self.model, self.ops, self.kv_cache, self.rows = model, ops, kv_cache, rows
-        self.decode_sizes = tuple(decode_sizes)
+        self.shapes = PaddedShapes() if shapes is None else shapes
         self.device = kv_cache.device
         self.block_size = kv_cache.shape[4]
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._worker = ThreadPoolExecutor(1, "minillm-step") if self.device.type == "cpu" else None
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture a CUDA graph for each of `decode_sizes`; until then every step is launched kernel by kernel."""
-        self._graphs = DecodeGraphs(self._decode, self._sample, self.decode_sizes, self.device)
+        """Capture CUDA graphs for every padded shape; without them each step is launched kernel by kernel."""
+        self._graphs = StepGraphs(self, self.shapes, self.device)
 
     def submit(self, plan: StepPlan) -> Pending:
         """Enqueue a step."""
-        words = step_words(plan, self.rows, self.decode_sizes)
+        words = step_words(plan, self.rows, self.shapes)
         if self._worker is not None:
             return Pending(plan, words, self._worker.submit(self._run_here, words).result)
         return Pending(plan, words, self._launch(words))
@@ -73,12 +73,42 @@ class Runner:
         if self._worker is not None:
             self._worker.shutdown()
 
-    def _run_here(self, words: StepWords) -> tuple[Ints, float]:
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
+        """The layers of a padded step, for rows of any length: what a graph holds."""
+        num_rows, num_tokens = columns_5R.shape[1], tokens_T.shape[0]
+        max_query_len = 1 if num_rows == num_tokens else num_tokens  # a decode step, or a mixed one
+        bounds = Bounds(num_tokens, num_rows, max_query_len, self.rows.max_blocks * self.block_size)
+        return self._run_layers(bounds, columns_5R, tokens_T)
+
+    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [L] int32 of tokens `rows_L`, NOT_FINITE where a row failed; the device keeps the last tokens.
+
+        `kind`: (is_random, is_filtered).
+        """
+        x_TD, residual_TD, positions_T = hidden
+        params_L6 = self.rows.params_S6[seats_L]
+        floats_L6 = params_L6.view(torch.float32)
+        tokens_L, is_finite_L = self.ops.sample(
+            self.model.logits(x_TD[rows_L], residual_TD[rows_L]),
+            temperature_L=floats_L6[:, 0].contiguous(),
+            top_k_L=params_L6[:, 1].contiguous(),
+            top_p_L=floats_L6[:, 2].contiguous(),
+            min_p_L=floats_L6[:, 3].contiguous(),
+            seeds_L=params_L6[:, 4:6].contiguous().view(torch.int64)[:, 0],
+            positions_L=positions_T[rows_L] + 1,
+            is_random=kind[0],
+            is_filtered=kind[1],
+        )
+        # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
+        self.rows.last_tokens_S[seats_L] = tokens_L
+        return torch.where(is_finite_L, tokens_L, NOT_FINITE)
+
+    def _run_here(self, words: StepWords) -> tuple[np.ndarray, float]:
         start = time.perf_counter()
         samples = self._step(words)
         return samples.numpy(), time.perf_counter() - start
 
-    def _launch(self, words: StepWords) -> Callable[[], tuple[Ints, float]]:
+    def _launch(self, words: StepWords) -> Callable[[], tuple[np.ndarray, float]]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         samples = self._step(words)
@@ -87,7 +117,7 @@ class Runner:
         on_host.copy_(samples, non_blocking=True)
         end.record()
 
-        def arrive() -> tuple[Ints, float]:
+        def arrive() -> tuple[np.ndarray, float]:
             end.synchronize()
             return on_host.numpy(), begin.elapsed_time(end) / 1e3
 
@@ -95,21 +125,21 @@ class Runner:
 
     @torch.inference_mode()
     def _step(self, words: StepWords) -> Tensor:
-        """Apply the deltas, run the model, sample; int32 [L] on the device, NOT_FINITE where a row failed."""
+        """Apply the deltas, run the model, sample; int32 [L] on the device."""
         sections = self._to_device(words)
-        columns, tokens, logit_rows, logit_seats, places, blocks, seated, params, copy_from, copy_to = sections
+        columns, tokens, rows_L, seats_L, places, blocks, seated, params, copy_from, copy_to = sections
         self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
         if copy_from.numel():
             self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
         columns_5R = columns.view(NUM_ROW_COLUMNS, -1)
-        if self._graphs is not None and words.is_decode and self._graphs.holds(words.num_tokens):
-            return self._graphs.replay(columns_5R, tokens, words.is_random, words.is_filtered)
-        batch = self._batch(words, columns_5R, tokens, logit_rows.long())
-        logits_LV = self.model(batch, self.kv_cache)
+        hidden = None if self._graphs is None else self._graphs.run_layers(columns_5R, tokens)
+        if hidden is None:
+            hidden = self._run_layers(words, columns_5R, tokens)
         if not words.num_samples:
-            return logit_rows
-        decoded = Decoded(batch.positions_T[batch.logit_rows_L], logits_LV)
-        return self._sample(decoded, logit_seats, words.is_random, words.is_filtered)
+            return rows_L
+        kind = (words.is_random, words.is_filtered)
+        samples_L = None if self._graphs is None else self._graphs.finish(hidden, rows_L, seats_L, kind)
+        return self.finish(hidden, rows_L, seats_L, kind) if samples_L is None else samples_L
 
     def _to_device(self, words: StepWords) -> list[Tensor]:
         host = torch.empty(words.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -117,26 +147,16 @@ class Runner:
         flat = host.to(self.device, non_blocking=True)
         return [flat[begin:end] for begin, end in words.offsets()]
 
-    def _decode(self, columns_5R: Tensor, tokens_R: Tensor) -> Decoded:
-        """The forward pass of a decode step, for rows of any length: what a graph holds."""
-        num_rows = tokens_R.shape[0]
-        words = DecodeShape(num_rows, num_rows, 1, self.rows.max_blocks * self.block_size)
-        logit_rows_R = torch.arange(num_rows, device=self.device)
-        batch = self._batch(words, columns_5R, tokens_R, logit_rows_R)
-        return Decoded(batch.positions_T, self.model(batch, self.kv_cache))
-
-    def _batch(
-        self, shape: StepWords | DecodeShape, columns_5R: Tensor, tokens: Tensor, logit_rows_L: Tensor
-    ) -> ForwardBatch:
+    def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens: Tensor) -> Hidden:
         expanded = expand_step_inputs(
             columns_5R,
             tokens,
             block_tables_SM=self.rows.block_tables_SM,
             last_tokens_S=self.rows.last_tokens_S,
             block_size=self.block_size,
-            num_tokens=shape.num_tokens,
+            num_tokens=bounds.num_tokens,
         )
-        return ForwardBatch(
+        batch = ForwardBatch(
             input_ids_T=expanded.input_ids_T,
             positions_T=expanded.positions_T,
             slots_T=expanded.slots_T,
@@ -144,34 +164,15 @@ class Runner:
             context_lens_R=expanded.context_lens_R,
             rows_R=columns_5R[0],
             block_tables_SM=self.rows.block_tables_SM,
-            logit_rows_L=logit_rows_L,
-            num_decodes=shape.num_decodes,
-            max_query_len=shape.max_query_len,
-            max_context_len=shape.max_context_len,
+            num_decodes=bounds.num_decodes,
+            max_query_len=bounds.max_query_len,
+            max_context_len=bounds.max_context_len,
         )
-
-    def _sample(self, decoded: Decoded, seats_L: Tensor, is_random: bool, is_filtered: bool) -> Tensor:
-        """Samples [L] int32, NOT_FINITE where a row failed; the device keeps each row's last token."""
-        params_L6 = self.rows.params_S6[seats_L]
-        floats_L6 = params_L6.view(torch.float32)
-        tokens_L, is_finite_L = self.ops.sample(
-            decoded.logits_RV,
-            temperature_L=floats_L6[:, 0].contiguous(),
-            top_k_L=params_L6[:, 1].contiguous(),
-            top_p_L=floats_L6[:, 2].contiguous(),
-            min_p_L=floats_L6[:, 3].contiguous(),
-            seeds_L=params_L6[:, 4:6].contiguous().view(torch.int64)[:, 0],
-            positions_L=decoded.positions_R + 1,
-            is_random=is_random,
-            is_filtered=is_filtered,
-        )
-        # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
-        self.rows.last_tokens_S[seats_L] = tokens_L
-        return torch.where(is_finite_L, tokens_L, NOT_FINITE)
+        return Hidden(*self.model.run_layers(batch, self.kv_cache), expanded.positions_T)
 
 
-class DecodeShape(NamedTuple):
-    """What the host knows of a captured step: bounds that hold for any row."""
+class Bounds(NamedTuple):
+    """What the host knows of a captured step: bounds that hold for any rows of its shape."""
 
     num_tokens: int
     num_decodes: int

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
 
 from minillm.config import EngineConfig, ModelConfig
-from minillm.core.plan import RowParams, Seat, StepPlan
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.model.transformer import Transformer
-from minillm.runtime.cuda_graphs import decode_sizes
+from minillm.runtime.batching import NUM_ROW_COLUMNS
+from minillm.runtime.cuda_graphs import padded_shapes
 from minillm.runtime.kv_cache import (
     CPU_CACHE_BYTES,
     MemoryBudget,
@@ -26,6 +27,9 @@ from minillm.runtime.kv_cache import (
 )
 from minillm.runtime.rows import Rows
 from minillm.runtime.runner import Runner
+
+TABLE_ENTRY_BYTES = 4
+"""Of a block table, per block that a row can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,12 @@ def start_runner(config: EngineConfig, model_config: ModelConfig, load: Callable
     sizes = choose_sizes(config, model_config, device)
     check_weights_fit(model_config, place)
     model = Transformer(
-        model_config, ops=place.ops, dtype=place.dtype, device=device, max_positions=sizes.max_model_len
+        model_config,
+        ops=place.ops,
+        dtype=place.dtype,
+        device=device,
+        max_positions=sizes.max_model_len,
+        keeps_codes=config.dtype == "auto" and device.type == "cpu",
     )
     load(model)
     budget = memory_budget(config, model, place, sizes)
@@ -101,7 +110,8 @@ def start_runner(config: EngineConfig, model_config: ModelConfig, load: Callable
     max_blocks = min(-(-sizes.max_model_len // sizes.block_size), num_blocks - 1)
     rows = Rows(sizes.max_num_seqs + 1, max_blocks, device)
     is_gpu = device.type == "cuda"
-    runner = Runner(model, place.ops, kv_cache, rows, decode_sizes(sizes.max_num_seqs) if is_gpu else ())
+    shapes = padded_shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens) if is_gpu else None
+    runner = Runner(model, place.ops, kv_cache, rows, shapes)
     if is_gpu and not config.enforce_eager:
         runner.capture()
     return Started(runner=runner, sizes=sizes, num_kv_blocks=num_blocks)
@@ -114,6 +124,11 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.
     max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
     num_tokens = config.max_num_batched_tokens or defaults.max_num_batched_tokens
     if not config.enable_chunked_prefill:
+        if config.max_num_batched_tokens is not None and num_tokens < max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a step takes a whole prompt: raise max_num_batched_tokens {num_tokens} to "
+                f"max_model_len {max_model_len}, or set a lower max_model_len"
+            )
         num_tokens = max(num_tokens, max_model_len)
     # Even with every row decoding, a step has room for half the usual chunk.
     soft_cap = max(defaults.soft_cap, max_num_seqs + defaults.soft_cap // 2)
@@ -185,62 +200,62 @@ def check_weights_fit(model_config: ModelConfig, place: Place) -> None:
 
 def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes: StepSizes) -> MemoryBudget:
     """Measure (GPU) or estimate (CPU) what a worst step needs, and what is left for the cache."""
-    device, itemsize = place.device, place.dtype.itemsize
-    free, total = free_memory(device)
+    device, itemsize, num_tokens = place.device, place.dtype.itemsize, sizes.max_num_batched_tokens
+    num_logits = min(sizes.max_num_seqs, num_tokens)
+    smaller = max(1, num_tokens // 4)
+    estimated, estimated_smaller = (
+        estimated_activations(model.config, num, min(num_logits, num), itemsize) for num in (num_tokens, smaller)
+    )
     if device.type == "cuda":
         activations = worst_step_bytes(model, place, sizes)
+        torch.cuda.empty_cache()  # what loading and that step left over
+        free, total = free_memory(device)
+        weights = torch.cuda.memory_allocated(device)
         others = total - free - torch.cuda.memory_reserved(device)
         usable = int(total * config.gpu_memory_utilization) - max(0, others)
-        weights = torch.cuda.memory_allocated(device)
     else:
-        num_logits = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)
-        activations = estimated_activations(model.config, sizes.max_num_batched_tokens, num_logits, itemsize)
-        weights = model.num_weight_bytes
+        free, _ = free_memory(device)
+        activations, weights = estimated, model.num_weight_bytes
         usable = weights + int(free * config.gpu_memory_utilization)
+    tables = (sizes.max_num_seqs + 1) * -(-sizes.max_model_len // sizes.block_size) * TABLE_ENTRY_BYTES
     return MemoryBudget(
         total=usable,
         weights=weights,
-        activations=activations,
+        activations=activations + tables,
         bytes_per_token=model.config.kv_bytes_per_token(itemsize),
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        block_size=sizes.block_size,
+        step_tokens=num_tokens,
+        smaller_step_tokens=smaller,
+        smaller_activations=activations * estimated_smaller // estimated + tables,
     )
 
 
 def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
-    """Run the largest step against a cache of block 0 alone; its peak of memory. This also compiles the kernels."""
+    """Run the largest step, all padding, on a cache of block 0 alone: its peak of memory. Compiles kernels."""
     num_rows = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)
     cache = make_kv_cache(model.config, 1, sizes.block_size, place.dtype, place.device)
-    rows = Rows(num_rows + 1, -(-sizes.max_num_batched_tokens // sizes.block_size), place.device)
-    plan = StepPlan(step=0)
-    params = RowParams(1.0, 50, 0.9, 0.0, 0)
-    plan.seats = tuple(Seat(row, row, plan.freed, params) for row in range(1, num_rows + 1))
-    for row in range(1, num_rows + 1):
-        count = sizes.max_num_batched_tokens // num_rows
-        plan.requests.append(row)
-        plan.rows.append(row)
-        plan.starts.append(0)
-        plan.counts.append(count)
-        plan.num_logits.append(1)
-        plan.num_samples.append(1)
-        plan.num_tokens.append(count)
-        plan.tokens.extend([0] * count)
+    runner = Runner(model, place.ops, cache, Rows(num_rows + 1, 1, place.device))
     torch.cuda.reset_peak_memory_stats(place.device)
     before = torch.cuda.memory_allocated(place.device)
-    Runner(model, place.ops, cache, rows).submit(plan).wait()
+    with torch.inference_mode():
+        nothing = partial(torch.zeros, dtype=torch.int32, device=place.device)
+        hidden = runner.run_layers(nothing(NUM_ROW_COLUMNS, num_rows), nothing(sizes.max_num_batched_tokens))
+        runner.finish(hidden, nothing(num_rows), nothing(num_rows), (True, True))
+    torch.cuda.synchronize(place.device)
     return torch.cuda.max_memory_allocated(place.device) - before
 
 
 def choose_num_blocks(config: EngineConfig, budget: MemoryBudget, sizes: StepSizes, device: torch.device) -> int:
     """Blocks of the cache, block 0 included; raises MemoryFitError if too few fit."""
     if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks + 1
-        need = num_blocks * sizes.block_size
-        if need * budget.bytes_per_token > budget.left:
-            raise MemoryFitError(f"num_kv_blocks={config.num_kv_blocks}: {budget.explain(need)}")
-        return num_blocks
+        if config.num_kv_blocks * sizes.block_size > budget.num_tokens:
+            raise MemoryFitError(budget.explain(config.num_kv_blocks * sizes.block_size, "num_kv_blocks"))
+        return config.num_kv_blocks + 1
     # A length that the user names must fit; the model's own may be cut to what memory holds.
     at_least = sizes.block_size if config.max_model_len is None else sizes.max_model_len
+    if at_least > budget.num_tokens:
+        raise MemoryFitError(budget.explain(at_least, "max_model_len"))
     useful = sizes.max_num_seqs * sizes.max_model_len
     if device.type == "cpu":
-        useful = min(useful, CPU_CACHE_BYTES // budget.bytes_per_token)
-    return budget.num_blocks(sizes.block_size, useful, at_least)
+        useful = max(at_least, min(useful, CPU_CACHE_BYTES // budget.bytes_per_token))
+    return -(-min(budget.num_tokens, useful) // sizes.block_size) + 1

@@ -28,11 +28,10 @@ def forward_logits(llm: LLM, ids: list[int]) -> torch.Tensor:
         context_lens_R=torch.tensor([len(ids)], **ints),
         rows_R=torch.zeros(1, **ints),
         block_tables_SM=torch.arange(1, num_blocks, **ints)[None],
-        logit_rows_L=torch.arange(len(ids), device=device),
         num_decodes=int(is_single),
         max_query_len=len(ids),
         max_context_len=len(ids),
     )
     with torch.inference_mode():
-        logits: torch.Tensor = model(batch, kv_cache)
+        logits: torch.Tensor = model(batch, kv_cache, torch.arange(len(ids), device=device))
     return logits.float()

@@ -72,6 +72,7 @@ def test_output_stops_at_the_last_position(llm: LLM) -> None:
         {"max_tokens": 0},
         {"max_tokens": -5},
         {"max_tokens": True},
+        {"max_tokens": 10**5000},
         {"seed": -1},
         {"seed": 2**63},
         {"stop": [""]},
@@ -118,6 +119,15 @@ def test_params_per_prompt_must_match(llm: LLM) -> None:
         ({"max_model_len": 10**9}, "max_model_len"),
         ({"seed": -1}, "seed"),
         ({"overlap": "yes"}, "overlap"),
+        ({"device": None}, "device"),
+        ({"block_size": 16.0}, "block_size"),
+        ({"num_kv_blocks": 10**400}, "num_kv_blocks"),
+        ({"max_num_seqs": 10**8}, "max_num_seqs"),
+        ({"gpu_memory_utilization": "a"}, "gpu_memory_utilization"),
+        ({"seed": True}, "seed"),
+        ({"min_chunk_size": True}, "min_chunk_size"),
+        ({"min_chunk_size": None}, "min_chunk_size"),
+        ({"enable_chunked_prefill": False, "max_chunk_size": 16}, "max_chunk_size"),
     ],
 )
 def test_bad_options(options: dict[str, Any], words: str) -> None:

@@ -70,7 +70,7 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
 ) -> None:
     rows = [(1, context) for context in contexts]
     q_TNH, inputs = make_batch(rows, num_kv_heads=num_kv_heads, num_heads=8, head_size=16, device=device)
-    names = ("kv_2BKPH", "block_tables_SM", "rows_R", "context_lens_R", "scale", "num_decodes")
+    names = ("kv_2BKPH", "block_tables_SM", "rows_R", "query_starts_R1", "context_lens_R", "scale", "num_decodes")
     outs = []
     for shares in many_shares:
         out_TNH = torch.full_like(q_TNH, torch.nan)
@@ -116,8 +116,7 @@ def test_the_only_key_seen_is_returned_to_the_bit(make_batch, device, poisoned, 
     first = inputs["block_tables_SM"][inputs["rows_R"][0], 0]
     values = torch.stack((inputs["kv_2BKPH"][1, first, :, 0], inputs["kv_2BKPH"][1, block, :, slot]))
     out_TNH = torch.full_like(q_TNH, torch.nan)
-    names = ("kv_2BKPH", "block_tables_SM", "rows_R", "context_lens_R", "scale", "num_decodes", "max_context_len")
-    decode_attention(q_TNH, out_TNH, **{name: inputs[name] for name in names}, shares=shares)
+    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k != "max_query_len"}, shares=shares)
     assert torch.equal(out_TNH, values[:, heads])
 
 
@@ -166,8 +165,10 @@ def test_padding_rows_and_tokens_do_no_harm(make_batch, device) -> None:
         "context_lens_R": torch.cat((inputs["context_lens_R"], inputs["context_lens_R"].new_ones(2))),
     }
     extra_TNH = torch.cat((q_TNH, torch.full_like(q_TNH, torch.nan)))
-    out_TNH = gpu.attention(extra_TNH, **{**inputs, **padded})
-    assert torch.equal(out_TNH[: q_TNH.shape[0]], gpu.attention(q_TNH, **inputs))
+    expected = gpu.attention(q_TNH, **inputs)
+    for bounds in ({}, {"num_decodes": 5, "max_query_len": 48, "max_context_len": 4096}):
+        out_TNH = gpu.attention(extra_TNH, **{**inputs, **padded, **bounds})
+        assert torch.equal(out_TNH[: q_TNH.shape[0]], expected)
 
 
 def test_tile_that_does_not_fit_names_the_largest_that_does() -> None:

@@ -50,7 +50,6 @@ class PagedRun:
             context_lens_R=torch.tensor(context_lens, dtype=torch.int32),
             rows_R=torch.tensor([i + 1 for i in rows], dtype=torch.int32),
             block_tables_SM=self.tables_SM,
-            logit_rows_L=torch.arange(len(ids)),
             num_decodes=sum(counts[i] == 1 for i in rows),
             max_query_len=max(counts),
             max_context_len=max(context_lens),
@@ -61,7 +60,7 @@ class PagedRun:
         """Logits [count, V] of the next `counts[i]` tokens of sequence i (0: left out)."""
         rows, batch = self.batch(counts)
         with torch.inference_mode():
-            logits_TV = self.model(batch, self.kv_cache)
+            logits_TV = self.model(batch, self.kv_cache, torch.arange(batch.input_ids_T.shape[0]))
         parts = dict(zip(rows, logits_TV.split([counts[i] for i in rows]), strict=True))
         return [parts.get(i, logits_TV[:0]) for i in range(len(counts))]
 

@@ -8,12 +8,19 @@ import numpy as np
 import torch
 
 from minillm.core.plan import RowParams, Seat, StepPlan
-from minillm.runtime.batching import step_words
+from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes, StepWords
+from minillm.runtime.batching import step_words as padded_step_words
 from minillm.runtime.rows import Rows, param_words
 from minillm.runtime.runner import NOT_FINITE, step_result
 from minillm.runtime.verify import verified
 
 PLAIN = RowParams(0.0, 0, 1.0, 0.0, 1)
+SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8, 16), num_rows=5)
+
+
+def step_words(plan: StepPlan, rows: Rows) -> StepWords:
+    """Without padding."""
+    return padded_step_words(plan, rows, PaddedShapes())
 
 
 def make_plan(*works: tuple[int, int, int, list[int]], samples: list[int]) -> StepPlan:
@@ -107,3 +114,38 @@ def test_verified() -> None:
     assert verified([5], []) == [5]
     assert verified([5, 6, 7], [5, 6]) == [5, 6, 7]
     assert verified([5, 6, 7], [4, 6]) == [5]
+
+
+def test_a_decode_step_is_padded_by_rows_of_the_dummy_seat() -> None:
+    plan = make_plan((3, 7, 1, [9]), (1, 40, 1, []), (2, 16, 1, []), samples=[1, 1, 1])
+    words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
+    columns = words.sections[0].reshape(NUM_ROW_COLUMNS, -1)
+    assert columns.tolist() == [[3, 1, 2, 0], [7, 40, 16, 0], [1, 1, 1, 1], [0, 1, 2, 3], [0, -1, -1, -1]]
+    assert words.sections[1].tolist() == [9, 0, 0, 0]
+    assert words.sections[2].tolist() == [0, 1, 2, 0]
+    assert words.sections[3].tolist() == [3, 1, 2, 0]
+    assert (words.num_rows, words.num_tokens, words.num_decodes, words.num_samples) == (3, 4, 4, 4)
+    result = step_result(plan, words, np.array([70, 71, 72, 99], np.int32), 0.0)
+    assert result.tokens.tolist() == [70, 71, 72]
+
+
+def test_a_mixed_step_is_padded_by_empty_rows_and_tokens_of_no_row() -> None:
+    plan = make_plan((3, 0, 8, list(range(8))), (1, 40, 1, []), samples=[0, 1])
+    words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
+    columns = words.sections[0].reshape(NUM_ROW_COLUMNS, -1)
+    assert columns.tolist() == [
+        [1, 3, 0, 0, 0],
+        [40, 0, 0, 0, 0],
+        [1, 8, 0, 0, 0],
+        [0, 1, 9, 9, 9],
+        [-1, 0, -1, -1, -1],
+    ]
+    assert len(words.sections[1]) == words.num_tokens == 16
+    assert words.sections[2].tolist() == [0]
+    assert (words.num_rows, words.num_decodes, words.num_samples) == (2, 5, 1)
+
+
+def test_a_step_beyond_the_shapes_keeps_its_own() -> None:
+    plan = make_plan((3, 0, 17, list(range(17))), samples=[1])
+    words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
+    assert (words.num_tokens, words.num_decodes, words.sections[0].size) == (17, 0, NUM_ROW_COLUMNS)

@@ -1,0 +1,159 @@
+"""LLM as its callers use it: several streams at once, interruptions, odd prompts, the end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minillm import LLM, FinishReason, SamplingParams
+from minillm.engine.interrupts import interrupts_deferred
+from minillm.errors import ConfigError, EngineError, RequestError
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "num_kv_blocks": 64}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("random:tiny-llama", **OPTIONS) as engine:
+        yield engine
+
+
+def tokens(chunks: Iterator[Any]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def test_streams_by_turns_do_not_disturb_each_other(llm: LLM) -> None:
+    prompts = ([5, 6, 7], [8, 9], [10] * 30)
+    alone = [out.token_ids for out in llm.generate(prompts, GREEDY)]
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts]
+    first = [next(stream).token_ids for stream in streams]
+    rest = [tokens(stream) for stream in reversed(streams)][::-1]
+    assert [a + b for a, b in zip(first, rest, strict=True)] == alone
+    assert not llm.engine.has_work
+
+
+def test_generate_inside_a_stream_ends_neither(llm: LLM) -> None:
+    expected = llm.generate([[5, 6, 7], [8, 9]], GREEDY)
+    got, inner = [], None
+    for chunk in llm.stream([5, 6, 7], GREEDY):
+        got += chunk.token_ids
+        inner = inner or llm.generate([[8, 9]], GREEDY)[0]
+    assert got == expected[0].token_ids
+    assert inner is not None and inner.token_ids == expected[1].token_ids
+    assert chunk.finish_reason is FinishReason.LENGTH
+    assert chunk.output is not None
+
+
+def test_leaving_one_stream_leaves_the_others(llm: LLM) -> None:
+    expected = llm.generate([[8, 9]], GREEDY)[0].token_ids
+    left, kept = llm.stream([5, 6, 7], GREEDY), llm.stream([8, 9], GREEDY)
+    next(left)
+    first = next(kept).token_ids
+    left.close()  # type: ignore[attr-defined]
+    assert first + tokens(kept) == expected
+    assert not llm.engine.has_work
+
+
+def test_a_stop_string_on_the_last_token_allowed_is_a_stop(llm: LLM) -> None:
+    word = llm.tokenizer.decode(llm.generate([[5, 6, 7]], GREEDY)[0].token_ids[:1]).strip()
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, stop=word)
+    out = llm.generate([[5, 6, 7]], params)[0]
+    assert (out.text, out.finish_reason) == ("", FinishReason.STOP)
+
+
+def test_interrupts_wait_for_the_end_of_a_step(llm: LLM) -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate([[5, 6, 7]], GREEDY)[0].token_ids
+    step = llm.engine.step
+
+    def interrupted() -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5, 6, 7], [8] * 20], GREEDY)
+    llm.engine.drain()
+    assert not llm.engine.has_work
+    llm.engine.scheduler.check_invariants()
+    assert llm.generate([[5, 6, 7]], GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (None, "a prompt is a text"),
+        (3.5, "a prompt is a text"),
+        (b"ab", "a prompt is a text"),
+        (["a", 3], "token 0 is 'a'"),
+        ({"role": "user", "content": "hi"}, "list of messages"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_index(llm: LLM, prompt: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=f"prompt 1: .*{words}"):
+        llm.generate([[5], prompt], GREEDY)
+
+
+def test_numpy_prompts_and_numbers_are_taken(llm: LLM) -> None:
+    expected = llm.generate([[5, 6, 7]], GREEDY)[0].token_ids
+    params = SamplingParams(temperature=np.float32(0.0), max_tokens=np.int64(8), ignore_eos=True)  # type: ignore[arg-type]
+    assert llm.generate([np.array([5, 6, 7])], params)[0].token_ids == expected  # type: ignore[list-item]
+    assert llm.generate([[np.int64(5), 6, 7]], params)[0].token_ids == expected  # type: ignore[list-item]
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize("params", ["hot", [None], {"temperature": 1}])
+def test_what_are_no_params_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match="params must be"):
+        llm.generate([[5]], params)
+
+
+def test_a_bad_stream_is_refused_before_its_first_turn(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        llm.stream([], GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-12, 1e-6])
+def test_a_temperature_next_to_nothing_is_greedy(llm: LLM, temperature: float) -> None:
+    expected = llm.generate([[5, 6, 7], [8, 9]], GREEDY)
+    params = SamplingParams(temperature=temperature, max_tokens=8, ignore_eos=True)
+    got = llm.generate([[5, 6, 7], [8, 9]], [GREEDY, params])
+    assert [out.token_ids for out in got] == [out.token_ids for out in expected]
+
+
+def test_priority_goes_first() -> None:
+    with LLM("random:tiny-llama", **OPTIONS, max_num_seqs=1, overlap=False) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        low, high = (llm.engine.add([5, 6], params, priority) for priority in (1, 0))
+        while high.finish_reason is None:
+            llm.engine.step()
+        assert low.finish_reason is None
+
+
+def test_after_close_it_says_so() -> None:
+    llm = LLM("random:tiny-llama", **OPTIONS)
+    llm.close()
+    with pytest.raises(EngineError, match="closed"):
+        llm.generate([[5]], GREEDY)
+
+
+@pytest.mark.parametrize("model", [None, 5, ["smollm2"]])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="model must be"):
+        LLM(model)

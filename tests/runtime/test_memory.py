@@ -1,0 +1,88 @@
+"""Sizing the cache: what fits, what is asked for, what the error says, and that its advice is true."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.config import Configs, EngineConfig
+from minillm.errors import ConfigError, MemoryFitError
+from minillm.runtime.kv_cache import MemoryBudget, control_group_limit
+from minillm.runtime.startup import choose_num_blocks, choose_sizes
+
+CPU = torch.device("cpu")
+BUDGET = MemoryBudget(
+    total=1_000_000,
+    weights=400_000,
+    activations=200_000,
+    bytes_per_token=100,
+    block_size=16,
+    step_tokens=512,
+    smaller_step_tokens=128,
+    smaller_activations=50_000,
+)
+
+
+def blocks(config: EngineConfig, budget: MemoryBudget = BUDGET) -> int:
+    return choose_num_blocks(config, budget, choose_sizes(config, Configs.SMOLLM2_135M, CPU), CPU)
+
+
+def test_what_is_left_holds_whole_blocks_and_the_dummy() -> None:
+    assert BUDGET.num_tokens == (400_000 // 1600 - 1) * 16
+    assert blocks(EngineConfig()) == 250
+
+
+def test_no_more_than_is_of_use() -> None:
+    assert blocks(EngineConfig(max_num_seqs=2, max_model_len=100)) == 14
+
+
+def test_a_length_that_is_named_fits_or_is_refused() -> None:
+    assert blocks(EngineConfig(max_model_len=3984)) == 250
+    with pytest.raises(MemoryFitError, match="max_model_len=3984"):
+        blocks(EngineConfig(max_model_len=3985))
+
+
+@pytest.mark.parametrize("config", [EngineConfig(num_kv_blocks=500), EngineConfig(max_model_len=5000)])
+def test_advice_would_work(config: EngineConfig) -> None:
+    with pytest.raises(MemoryFitError) as error:
+        blocks(config)
+    advised = dict(re.findall(r"(num_kv_blocks|max_model_len|max_num_batched_tokens)=(\d+)", str(error.value)))
+    assert advised
+    for name, value in advised.items():
+        if name == "max_num_batched_tokens":
+            budget = replace(BUDGET, activations=BUDGET.smaller_activations)
+            assert blocks(config, budget) > 1
+        else:
+            assert blocks(replace(config, **{name: int(value)})) > 1
+
+
+def test_nothing_is_advised_that_cannot_help() -> None:
+    with pytest.raises(MemoryFitError) as error:
+        blocks(EngineConfig(max_model_len=5000), replace(BUDGET, total=450_000))
+    assert "=" not in str(error.value)
+
+
+def test_whole_prompts_need_whole_steps() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens 256 to max_model_len 1000"):
+        blocks(EngineConfig(enable_chunked_prefill=False, max_num_batched_tokens=256, max_model_len=1000))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ],
+)
+def test_a_container_counts_file_pages_as_free(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    assert control_group_limit(tmp_path) is None
+    for name, text in zip(names, ("1000\n", "900\n", "anon 100\ninactive_file 300\n"), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert control_group_limit(tmp_path) == 400
+    (tmp_path / names[0]).write_text("max\n")
+    assert control_group_limit(tmp_path) is None
