@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, ConfigError
-from minillm.model.stored import Shard, StoredTensor
+from minillm.model.stored import FourBit, Shard, StoredTensor
 
 __all__ = ["Build", "Embedding", "Linear", "TPGroup", "Target", "Vector", "VocabHead"]
 
@@ -62,6 +62,12 @@ class Build:
     dtype: torch.dtype
     device: torch.device
     tp: TPGroup = field(default_factory=TPGroup)
+    keeps_codes: bool = False
+    """Whether matrices also keep the 4-bit codes of their file for the kernel set (one rank only)."""
+
+    def codes(self, stored: StoredTensor, rows: Shard) -> FourBit | None:
+        """The codes of some rows of a matrix, if they are to be kept and there are any."""
+        return stored.four_bit(rows) if self.keeps_codes and self.tp.size == 1 else None
 
     def weight(self, *shape: int) -> nn.Parameter:
         """An uninitialised weight; every entry is loaded before use."""
@@ -106,11 +112,12 @@ class Linear(nn.Module):
         """`parts`: which rows of each stored tensor this rank holds, in the order in which they are stacked."""
         super().__init__()
         num_outputs = sum(rows.num for rows in parts.values())
-        self.ops, self.tp = build.ops, build.tp
+        self.build, self.ops, self.tp = build, build.ops, build.tp
         self.columns, self.parts = columns, dict(parts)
         self.is_partial = columns.num < columns.total
         self.weight = build.weight(num_outputs, columns.num)
         self.bias = build.weight(num_outputs) if bias else None
+        self._codes: dict[int, FourBit | None] = {}
         self._packed: Any = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -134,12 +141,14 @@ class Linear(nn.Module):
         """Let the kernel set lay the weight out anew, if it wants to."""
         pack = getattr(self.ops, "pack_linear", None)
         if pack is not None:
-            self._packed = pack(self.weight.data)
+            self._packed = pack(self.weight.data, stacked([self._codes[at] for at in sorted(self._codes)]))
             del self.weight
+        self._codes.clear()
 
     def _weight_loader(self, here: slice, rows: Shard) -> Callable[[StoredTensor], None]:
         def load(stored: StoredTensor) -> None:
             self.weight[here].copy_(stored.dense(rows)[:, self.columns.slice])
+            self._codes[here.start] = self.build.codes(stored, rows)
 
         return load
 
@@ -151,16 +160,25 @@ class Linear(nn.Module):
         return load
 
 
+def stacked(parts: list[FourBit | None]) -> FourBit | None:
+    """The codes of matrices on top of each other, if all have them, as many in a row."""
+    found = [part for part in parts if part is not None]
+    if not parts or len(found) < len(parts) or len({part.codes_OE.shape[1] for part in found}) > 1:
+        return None
+    return FourBit(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+
+
 class Embedding(nn.Module):
     """Token id -> vector. A rank holds a run of the vocabulary, padded with zeros to equal runs."""
 
     def __init__(self, build: Build, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.tp, self.vocab_size = build.tp, vocab_size
+        self.build, self.tp, self.vocab_size = build, build.tp, vocab_size
         num_rows = -(-vocab_size // build.tp.size)
         start = min(build.tp.rank * num_rows, vocab_size)
         self.rows = Shard(start, min(num_rows, vocab_size - start), vocab_size)
         self.weight = build.weight(num_rows, hidden_size)
+        self.codes: FourBit | None = None
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """int ids_T -> x_TD: a fresh tensor."""
@@ -178,6 +196,7 @@ class Embedding(nn.Module):
     def _load(self, stored: StoredTensor) -> None:
         self.weight[: self.rows.num].copy_(stored.dense(self.rows))
         self.weight[self.rows.num :].zero_()
+        self.codes = self.build.codes(stored, self.rows)
 
 
 class VocabHead(nn.Module):
@@ -201,7 +220,8 @@ class VocabHead(nn.Module):
         pack = getattr(self.ops, "pack_linear", None)
         if pack is None:
             return
-        self._packed = pack(self.table.weight.data)
+        self._packed = pack(self.table.weight.data, self.table.codes)
+        self.table.codes = None
         if not self.is_tied:
             del self.table.weight
 
