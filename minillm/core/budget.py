@@ -2,7 +2,8 @@
 
 The hard cap bounds activation memory. While rows decode, a soft cap bounds how long they wait, in equivalent tokens: a
 chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at which a token's attention
-costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4).
+costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). The first
+chunk of a step may pass the soft cap, so that however long its context, the prompt whose turn it is gets on.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ class SchedulerLimits:
     block_size: int
     """Tokens per block."""
     soft_cap: int | None = None
-    """Equivalent tokens of a step in which rows decode; prompts wait while decodes fill it. None: the hard cap."""
+    """Equivalent tokens of a step in which rows decode, but for the least first chunk. None: the hard cap alone."""
     attention_equivalence: float = math.inf
     """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
     tile_steps: tuple[int, ...] = ()
     """Good sizes of a step, ascending: the last tokens before the time of a step rises. May be empty."""
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    """False: a prompt runs whole or not at all, under the hard cap alone."""
+    """False: a prompt runs whole or not at all, under the hard cap alone, which must then hold any prompt."""
     min_chunk_size: int = 16
-    """Smallest part of a prompt worth a place in a step, unless it is the rest."""
+    """Smallest part of a prompt worth a place in a step, unless it is the rest; see `least_chunk`."""
     max_chunk_size: int | None = None
     """Largest part of a prompt in one step."""
     max_overtakes: int = 8
@@ -60,6 +61,21 @@ class SchedulerLimits:
             raise ConfigError(f"attention_equivalence must be above 0, not {self.attention_equivalence}")
         if list(self.tile_steps) != sorted(self.tile_steps):
             raise ConfigError("tile_steps must ascend")
+        if not self.enable_chunked_prefill:
+            self._check_whole_prompts()
+
+    def _check_whole_prompts(self) -> None:
+        if self.max_chunk_size is not None:
+            raise ConfigError(
+                f"max_chunk_size {self.max_chunk_size} means nothing without chunked prefill: leave it out or set "
+                f"enable_chunked_prefill"
+            )
+        if self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a step takes a whole prompt: raise max_num_batched_tokens "
+                f"{self.max_num_batched_tokens} to max_model_len {self.max_model_len}, lower max_model_len, or set "
+                f"enable_chunked_prefill"
+            )
 
     @property
     def num_slots(self) -> int:
@@ -71,13 +87,19 @@ class SchedulerLimits:
         """Most tokens that a request can come to: the last one needs no slot, as nothing follows it."""
         return min(self.max_model_len, self.num_slots + 1)
 
+    @property
+    def least_chunk(self) -> int:
+        """`min_chunk_size`, or less: a chunk fits beside decodes that take up to half of the smaller cap."""
+        cap = min(self.max_num_batched_tokens, self.soft_cap or self.max_num_batched_tokens)
+        return min(self.min_chunk_size, self.max_chunk_size or cap, max(1, cap // 2))
+
     def find_fault(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a request of this size can never be served and what to change, or None."""
         if num_prompt < 1:
             return "the prompt is empty: give at least one token"
         if max_tokens < 1:
             return f"max_tokens must be at least 1, not {max_tokens}"
-        if num_prompt >= self.max_model_len:
+        if num_prompt >= self.max_model_len:  # without chunked prefill, so is any prompt that is longer than a step
             return (
                 f"the prompt has {num_prompt} tokens, which leaves no room to generate within max_model_len "
                 f"{self.max_model_len}: shorten the prompt or raise max_model_len"
@@ -87,34 +109,32 @@ class SchedulerLimits:
                 f"the prompt has {num_prompt} tokens and the KV cache holds {self.num_slots}: shorten the prompt or "
                 f"raise num_kv_blocks or gpu_memory_utilization"
             )
-        if not self.enable_chunked_prefill and num_prompt > self.max_num_batched_tokens:
-            return (
-                f"the prompt has {num_prompt} tokens and, without chunked prefill, a step takes "
-                f"{self.max_num_batched_tokens}: raise max_num_batched_tokens or set enable_chunked_prefill"
-            )
         return None
 
 
 class Budget:
     """What one step has left after `num_decode_tokens` of running decodes."""
 
-    __slots__ = ("_is_soft", "_limits", "_min_chunk", "_soft_room", "_used")
+    __slots__ = ("_is_soft", "_least_chunk", "_limits", "_num_due", "_soft_room", "_used")
 
     def __init__(self, limits: SchedulerLimits, num_decode_tokens: int) -> None:
         self._limits = limits
         self._used = num_decode_tokens
         self._is_soft = num_decode_tokens > 0 and limits.soft_cap is not None and limits.enable_chunked_prefill
         self._soft_room = float((limits.soft_cap or 0) - num_decode_tokens)
-        max_chunk = min(limits.max_chunk_size or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
-        self._min_chunk = min(limits.min_chunk_size, max_chunk)
+        self._least_chunk = limits.least_chunk
+        self._num_due = self._least_chunk  # tokens due to the first chunk, whatever the soft cap has left
 
     @property
     def is_spent(self) -> bool:
         """Whether not even one more token fits."""
-        return self._used >= self._limits.max_num_batched_tokens or (self._is_soft and self._soft_room < 1)
+        is_soft_spent = self._is_soft and self._soft_room < 1 and not self._num_due
+        return is_soft_spent or self._used >= self._limits.max_num_batched_tokens
 
     def chunk_size(self, start: int, num_owed: int) -> int:
         """Tokens to compute now of a prompt that owes `num_owed` from position `start`; 0 if too few fit.
+
+        Until one is spent, only the hard cap can refuse a chunk.
 
         As few chunks as fit, and those of equal size: 1,000 tokens where 256 fit are four times 250. While rows decode,
         the step is filled up to the edge of a tile step.
@@ -122,24 +142,23 @@ class Budget:
         limits, used = self._limits, self._used
         room = limits.max_num_batched_tokens - used
         if not limits.enable_chunked_prefill:
-            # Only a resume after preemption can owe more than a whole step.
-            num_whole = min(num_owed, limits.max_num_batched_tokens)
-            return num_whole if num_whole <= room else 0
+            return num_owed if num_owed <= room else 0
         if limits.max_chunk_size is not None:
             room = min(room, limits.max_chunk_size)
         if self._is_soft:
-            room = self._cut(min(room, self._max_soft_chunk(start)))
+            room = self._cut(min(room, max(self._max_soft_chunk(start), self._num_due)))
         if num_owed <= room:
             return num_owed
-        if room < self._min_chunk:
+        if room < self._least_chunk:
             return 0
         num_chunks = -(-num_owed // room)
-        size = max(-(-num_owed // num_chunks), self._min_chunk)
+        size = max(-(-num_owed // num_chunks), self._least_chunk)
         return min(self._fill(size, room), num_owed)
 
     def spend(self, start: int, count: int) -> None:
         """Account for a chunk of `count` tokens from position `start`."""
         self._used += count
+        self._num_due = 0
         self._soft_room -= count * (1 + (start + count / 2) / self._limits.attention_equivalence)
 
     def _max_soft_chunk(self, start: int) -> int:
@@ -158,7 +177,7 @@ class Budget:
         steps = self._limits.tile_steps
         at = bisect_right(steps, self._used + room)
         cut = steps[at - 1] - self._used if at else 0
-        return cut if cut >= self._min_chunk else room
+        return cut if cut >= self._least_chunk else room
 
     def _fill(self, size: int, room: int) -> int:
         """`size`, raised so that the step ends at a tile step, if one lies within `room`: those tokens are free."""

@@ -112,16 +112,21 @@ class Running:
         plan.num_logits, plan.num_samples = plan.counts[:], plan.counts[:]
         return self._limits.max_num_batched_tokens - room
 
-    def plan_prompts(self, plan: StepPlan, budget: Budget) -> None:
-        """Chunks of half-done prompts. For blocks they preempt later prompts, not decodes, which are planned by now."""
+    def plan_prompts(self, plan: StepPlan, budget: Budget) -> Request | None:
+        """Chunks of half-done prompts. For blocks they preempt later prompts, not decodes, which are planned by now.
+
+        Returns the first that the budget had nothing for: later ranks are not to be admitted before it gets on.
+        """
+        starved: Request | None = None
         for request in self.prompts[:]:
-            if budget.is_spent:
-                break
             if not request.row:
                 continue  # preempted in this loop
             start = request.num_planned
             count = budget.chunk_size(start, len(request.tokens) - start)
             if not count:
+                starved = starved or request
+                if budget.is_spent:
+                    break
                 continue
             is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
             while not is_fitting and self.prompts[-1] is not request:
@@ -129,6 +134,7 @@ class Running:
                 is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
             if is_fitting:
                 self.plan_chunk(request, count, plan, budget)
+        return starved
 
     def plan_chunk(self, request: Request, count: int, plan: StepPlan, budget: Budget) -> None:
         """Plan the next `count` tokens of a prompt, for which it has blocks."""

@@ -70,14 +70,14 @@ class Scheduler:
         plan = StepPlan(self._step)
         running = self._running
         budget = Budget(self.limits, running.plan_decodes(plan))
-        running.plan_prompts(plan, budget)
+        starved = running.plan_prompts(plan, budget)
         # Blocks given up in this step are for those who needed them: nobody is admitted on them.
         is_short = bool(running.preempted)
         for request in running.preempted:
             self._queue.push(request)
         self.num_preemptions += len(running.preempted)
         running.preempted.clear()
-        reason = "blocks" if is_short else self._admit(plan, budget, now)
+        reason = "blocks" if is_short else self._admit(plan, budget, now, starved)
         if reason is not None:
             behind = plan.requests if reason == "budget" else (request.number for request in running)
             plan.waits = (Wait(self._queue[0].number, reason, tuple(islice(behind, MAX_BEHIND))),)
@@ -179,12 +179,16 @@ class Scheduler:
         self._live[request.number] = request
         self._queue.push(request)
 
-    def _admit(self, plan: StepPlan, budget: Budget, now: float) -> str | None:
-        """Seat queued requests while they fit; returns why the head of the queue still waits, None if none is left."""
+    def _admit(self, plan: StepPlan, budget: Budget, now: float, starved: Request | None) -> str | None:
+        """Seat queued requests while they fit; returns why the head of the queue still waits, None if none is left.
+
+        None is seated past `starved`, a running prompt that this step has no budget for: it might never get on.
+        """
         place, head_reason = 0, None
         while self._queue.may_try(place):
             request = self._queue[place]
-            reason = self._try_seat(request, plan, budget, now)
+            is_past = starved is not None and request.rank > starved.rank
+            reason = "budget" if is_past else self._try_seat(request, plan, budget, now)
             if reason is None:
                 self._queue.pop(place)
                 continue

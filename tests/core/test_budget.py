@@ -40,16 +40,51 @@ def test_a_chunk_is_no_smaller_than_the_least_unless_it_is_the_rest() -> None:
     assert Budget(limits, 64).chunk_size(0, 1) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({"max_num_batched_tokens": 64}, 16),
+        ({"max_num_batched_tokens": 8}, 4),
+        ({"max_num_batched_tokens": 1}, 1),
+        ({"soft_cap": 20}, 10),
+        ({"min_chunk_size": 300}, 128),
+        ({"min_chunk_size": 300, "max_chunk_size": 40}, 40),
+    ],
+)
+def test_the_least_chunk_fits_beside_decodes(changes: dict[str, int], least: int) -> None:
+    limits = limits_of(**changes)
+    assert limits.least_chunk == least
+    hard_cap = limits.max_num_batched_tokens
+    cap = min(limits.soft_cap or hard_cap, hard_cap)
+    assert Budget(limits, cap // 2).chunk_size(0, 10**6) >= least
+    assert hard_cap == 1 or Budget(limits, 1).chunk_size(0, 10**6) >= least
+
+
 def test_a_least_chunk_above_the_cap_does_not_stop_a_prompt() -> None:
-    assert chunks(limits_of(max_num_batched_tokens=8, min_chunk_size=16), 20) == [8, 8, 4]
+    assert chunks(limits_of(max_num_batched_tokens=8, min_chunk_size=16), 20) == [7, 7, 6]
 
 
 def test_the_soft_cap_holds_only_while_rows_decode() -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=256)
     assert Budget(limits, 0).chunk_size(0, 1000) == 1000
     assert Budget(limits, 56).chunk_size(0, 1000) == 200
-    assert Budget(limits, 256).chunk_size(0, 1000) == 0
-    assert Budget(limits, 256).is_spent and not Budget(limits, 0).is_spent
+    assert not Budget(limits, 0).is_spent
+
+
+@pytest.mark.parametrize(("num_decodes", "start"), [(250, 0), (256, 0), (300, 0), (1000, 0), (1, 10**6)])
+def test_the_first_chunk_may_pass_the_soft_cap_and_no_other(num_decodes: int, start: int) -> None:
+    limits = limits_of(max_num_batched_tokens=1024, soft_cap=256, attention_equivalence=1000.0)
+    budget = Budget(limits, num_decodes)
+    assert budget.chunk_size(start, 10**6) == limits.least_chunk == 16 and not budget.is_spent
+    assert budget.chunk_size(start, 3) == 3
+    budget.spend(start, 16)
+    assert budget.chunk_size(0, 10**6) == budget.chunk_size(0, 1) == 0 and budget.is_spent
+
+
+def test_the_first_chunk_does_not_pass_the_hard_cap() -> None:
+    limits = limits_of(max_num_batched_tokens=64, soft_cap=32)
+    assert [Budget(limits, num).chunk_size(0, 100) for num in (48, 49, 64)] == [16, 0, 0]
+    assert [Budget(limits, num).is_spent for num in (48, 63, 64)] == [False, False, True]
 
 
 def test_a_long_context_takes_more_of_the_soft_cap() -> None:
@@ -73,7 +108,7 @@ def test_a_chunk_ends_the_step_at_a_tile_step() -> None:
     assert Budget(limits, 40).chunk_size(0, 10_000) == 512 - 40
     assert Budget(limits, 40).chunk_size(0, 1000) == 384 - 40  # three chunks either way: 384 is cheaper than 512
     assert Budget(limits, 40).chunk_size(0, 300) == 300  # the rest, though it ends between steps
-    assert Budget(limits, 590).chunk_size(0, 10_000) == 0
+    assert Budget(limits, 590).chunk_size(0, 10_000) == 16
     assert Budget(limits, 520).chunk_size(0, 10_000) == 80  # no tile step left: the soft cap alone
 
 
@@ -87,10 +122,9 @@ def test_chunks_of_several_prompts_share_a_step() -> None:
 
 
 def test_without_chunked_prefill_a_prompt_is_whole_or_waits() -> None:
-    limits = limits_of(max_num_batched_tokens=512, soft_cap=64, enable_chunked_prefill=False, max_chunk_size=16)
+    limits = limits_of(max_num_batched_tokens=512, max_model_len=512, soft_cap=64, enable_chunked_prefill=False)
     assert Budget(limits, 12).chunk_size(0, 500) == 500
     assert Budget(limits, 13).chunk_size(0, 500) == 0
-    assert chunks(limits, 700) == [512, 188]  # a resume longer than any step
 
 
 @pytest.mark.parametrize(
@@ -100,17 +134,22 @@ def test_without_chunked_prefill_a_prompt_is_whole_or_waits() -> None:
         (5, 0, "max_tokens"),
         (100, 5, "max_model_len"),
         (65, 5, "KV cache"),
-        (33, 5, "chunked prefill"),
-        (32, 5, None),
-        (32, 10**6, None),  # it ends where the cache does
+        (64, 5, None),
+        (64, 10**6, None),  # it ends where the cache does
     ],
 )
 def test_what_can_never_be_served_is_said(num_prompt: int, max_tokens: int, says: str | None) -> None:
-    limits = limits_of(
-        max_num_batched_tokens=32, max_model_len=100, num_kv_blocks=5, block_size=16, enable_chunked_prefill=False
-    )
+    limits = limits_of(max_num_batched_tokens=32, max_model_len=100, num_kv_blocks=5, block_size=16)
     fault = limits.find_fault(num_prompt, max_tokens)
     assert fault is None if says is None else fault is not None and says in fault
+
+
+def test_a_prompt_longer_than_a_step_is_a_fault_only_if_it_may_not_be_cut() -> None:
+    whole = limits_of(max_num_batched_tokens=100, max_model_len=100, enable_chunked_prefill=False)
+    fault = whole.find_fault(101, 5)
+    assert fault is not None and "raise max_model_len" in fault
+    assert whole.find_fault(99, 5) is None
+    assert limits_of(max_num_batched_tokens=32, max_model_len=200).find_fault(101, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -122,6 +161,8 @@ def test_what_can_never_be_served_is_said(num_prompt: int, max_tokens: int, says
         {"attention_equivalence": math.nan},
         {"attention_equivalence": 0.0},
         {"tile_steps": (8, 4)},
+        {"max_chunk_size": 16, "max_num_batched_tokens": 4096, "enable_chunked_prefill": False},
+        {"max_num_batched_tokens": 4095, "enable_chunked_prefill": False},
     ],
 )
 def test_limits_that_cannot_work_are_refused(changes: dict[str, object]) -> None:

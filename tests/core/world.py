@@ -25,21 +25,29 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
     block_size = rng.choice((1, 2, 4, 4, 8))
     max_tokens = rng.choice((1, 3, 8, 16, 40, 64, 64))
     min_chunk = rng.choice((1, 1, 3, 8))
+    max_model_len = rng.choice((24, 60))
+    is_chunked = rng.random() < 0.9
     return SchedulerLimits(
-        max_num_batched_tokens=max_tokens,
+        max_num_batched_tokens=max_tokens if is_chunked else max_model_len + max_tokens // 4,
         max_num_seqs=rng.choice((1, 4, 8, 8)),
-        max_model_len=rng.choice((24, 60)),
+        max_model_len=max_model_len,
         num_kv_blocks=1 + -(-rng.choice((24, 40, 40, 60, 60, 100, 300)) // block_size),
         block_size=block_size,
         soft_cap=rng.choice((None, None, max(1, max_tokens // 2), max_tokens)),
         attention_equivalence=rng.choice((math.inf, 20.0, 200.0)),
         tile_steps=rng.choice(((), (4, 8, 16, 32), (6, 12, 24, 48))),
         enable_prefix_caching=rng.random() < 0.85,
-        enable_chunked_prefill=rng.random() < 0.9,
+        enable_chunked_prefill=is_chunked,
         min_chunk_size=min_chunk,
-        max_chunk_size=rng.choice((None, None, min_chunk + 5)),
+        max_chunk_size=rng.choice((None, None, min_chunk + 5)) if is_chunked else None,
         max_overtakes=rng.choice((0, 1, 3)),
     )
+
+
+def least_chunk(limits: SchedulerLimits) -> int:
+    """What `SchedulerLimits.least_chunk` must be."""
+    caps = (limits.max_num_batched_tokens, limits.soft_cap or math.inf)
+    return int(min(limits.min_chunk_size, limits.max_chunk_size or math.inf, max(1, min(caps) // 2)))
 
 
 @dataclass
@@ -183,7 +191,7 @@ class World:
         """`schedule`, and all that must hold for a plan."""
         scheduler, counts = self.scheduler, self.counts
         running = scheduler._running
-        decodes = list(running.decodes)
+        decodes, prompts = list(running.decodes), list(running.prompts)
         ready = [r for r in decodes if not r.is_closed and r.num_planned < r.max_len - 1]
         seats = {r.number: r.first_step for r in running}
         cached = set(scheduler.kv.pool.block_of.values())
@@ -207,6 +215,9 @@ class World:
         if len(fed) < len(kept):
             assert num_decode_tokens == self.limits.max_num_batched_tokens, "a running decode was left out"
         self.check_soft_cap(num_decode_tokens, works[len(fed) :])
+        self.check_progress([r for r in prompts if r.first_step == seats[r.number]], planned, num_decode_tokens)
+        idle = [r.rank for r in prompts if r.row and r.number not in planned]
+        assert all(self.requests[seat.request].rank < rank for seat in plan.seats for rank in idle), "seated past"
         assert not (preempted and plan.seats), "admitted in a step that preempted"
         self.check_seats(plan, planned, cached)
         for work in works:
@@ -229,10 +240,23 @@ class World:
         limits = self.limits
         if not limits.enable_chunked_prefill:
             for work in chunks:
-                assert work.num_samples or work.count == limits.max_num_batched_tokens, "a prompt in parts"
+                assert work.num_samples, "a prompt in parts"
         elif chunks and num_decode_tokens and limits.soft_cap is not None:
             costs = [w.count * (1 + (w.start + w.count / 2) / limits.attention_equivalence) for w in chunks]
-            assert num_decode_tokens + sum(costs) <= limits.soft_cap + 1e-6
+            is_due = len(chunks) == 1 and chunks[0].count <= least_chunk(limits)
+            assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap + 1e-6
+
+    def check_progress(self, prompts: list[Request], planned: dict, num_decode_tokens: int) -> None:
+        """The first of the half-done prompts gets on, if the hard cap and the cache let it."""
+        room = self.limits.max_num_batched_tokens - num_decode_tokens
+        for request in prompts[:1]:
+            work, least = planned.get(request.number), least_chunk(self.limits)
+            if work is not None:
+                assert work.num_samples or work.count >= least, "less than the least chunk"
+            elif room >= min(least, request.num_owed):
+                size = self.limits.block_size
+                num_lacking = -(-(request.num_planned + min(request.num_owed, room)) // size) - len(request.blocks)
+                assert num_lacking > self.scheduler.num_free_blocks, "the first prompt starves"
 
     def check_seats(self, plan: StepPlan, planned: dict, cached: set[int]) -> None:
         counts = self.counts

@@ -39,7 +39,7 @@ class Edit(NamedTuple):
 
 MUTANTS: dict[str, tuple[Edit, ...]] = {
     "negative budget": (Edit("running.py", "            if not room:\n", "            if room is None:\n"),),
-    "negative chunk": (Edit("budget.py", "        if room < self._min_chunk:\n            return 0\n", ""),),
+    "negative chunk": (Edit("budget.py", "        if room < self._least_chunk:\n            return 0\n", ""),),
     "reference before check": (
         Edit(
             "kv_manager.py",
@@ -137,6 +137,14 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         Edit("kv_manager.py", "blake2b(key + raw[at : at + stride]", "blake2b(raw[at : at + stride]"),
     ),
     "context costs nothing": (Edit("budget.py", "linear = kappa + start", "linear = kappa"),),
+    "a long context starves": (
+        Edit("budget.py", "max(self._max_soft_chunk(start), self._num_due)", "self._max_soft_chunk(start)"),
+    ),
+    "every chunk may pass the soft cap": (Edit("budget.py", "        self._num_due = 0\n", ""),),
+    "admitted past a prompt that got nothing": (
+        Edit("scheduler.py", "is_past = starved is not None and request.rank > starved.rank", "is_past = False"),
+    ),
+    "one decode blocks all prompts": (Edit("budget.py", "max(1, cap // 2))", "cap)"),),
     "first chunk of several costs nothing": (
         Edit("budget.py", "        self._soft_room -= ", "        self._soft_room -= 0 * "),
     ),
