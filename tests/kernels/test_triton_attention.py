@@ -255,8 +255,11 @@ def test_error_is_near_that_of_sdpa(make_batch, device, poisoned, group, head_si
     theirs = sdpa(q_TNH, inputs).double() - exact_TNH
     for one_launch in (False, True):
         ours = gpu.attention(q_TNH, **inputs, one_launch=one_launch).double() - exact_TNH
-        assert float(ours.abs().nan_to_num(torch.inf).max()) <= 1.5 * float(theirs.abs().max())
-        assert float(ours.square().mean()) <= 1.5**2 * float(theirs.square().mean())
+        largest = float(ours.abs().nan_to_num(torch.inf).max() / theirs.abs().max())
+        rms = float((ours.square().mean() / theirs.square().mean()).sqrt())
+        print(f"error over SDPA's, group {group}, head {head_size}, {dtype}: largest {largest:.2f}, rms {rms:.2f}")
+        assert largest <= 1.5
+        assert rms <= 1.5
 
 
 @pytest.mark.gpu
