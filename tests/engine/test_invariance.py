@@ -8,9 +8,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from minillm import LLM, SamplingParams
+from tests.engine.forward import forward_logits
 
 NUM_OUTPUT = 12
 MARGIN = 1e-3
@@ -41,18 +41,25 @@ VARIANTS = {
     },
     "overlap": {"overlap": True},
     "overlap, prefix cache, budget 64": {"overlap": True, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
-    "preemption": {"num_kv_blocks": 30},
-    "preemption, overlap, prefix cache": {"num_kv_blocks": 30, "overlap": True, "enable_prefix_caching": True},
 }
-PARAMS = {
-    "greedy": [SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT, ignore_eos=True)] * 6,
-    "seeded": [
-        SamplingParams(
-            temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=i, max_tokens=NUM_OUTPUT, ignore_eos=True
-        )
-        for i in range(6)
-    ],
+TIGHT = {"num_kv_blocks": 26}
+TIGHT_VARIANTS = {
+    "plain": TIGHT,
+    "overlap": TIGHT | {"overlap": True},
+    "overlap, prefix cache": TIGHT | {"overlap": True, "enable_prefix_caching": True},
+    "chunks of 8 to 24": TIGHT | {"min_chunk_size": 8, "max_chunk_size": 24},
 }
+
+
+def params_of(kind: str, num_requests: int, num_output: int) -> list[SamplingParams]:
+    """Greedy, or seeded with a seed of its own for each request."""
+    if kind == "greedy":
+        return [SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)] * num_requests
+    seeded = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+    return [SamplingParams(**seeded, seed=i, max_tokens=num_output, ignore_eos=True) for i in range(num_requests)]
+
+
+PARAMS = {kind: params_of(kind, 6, NUM_OUTPUT) for kind in ("greedy", "seeded")}
 
 
 def prompts() -> list[list[int]]:
@@ -90,17 +97,9 @@ def alone(model: str) -> dict[str, list[list[int]]]:
 
 
 def smallest_margin(llm: LLM, prompt: list[int], output: list[int]) -> float:
-    """The smallest gap between the two best logits over the choices of a greedy output."""
-    logits = torch.stack([logits_after(llm, prompt + output[:i]) for i in range(len(output))])
-    best = logits.topk(2).values
+    """The smallest gap between the two best logits over the choices of a greedy output, by one pass of the model."""
+    best = forward_logits(llm, prompt + output)[len(prompt) - 1 : -1].topk(2).values
     return float((best[:, 0] - best[:, 1]).min())
-
-
-def logits_after(llm: LLM, ids: list[int]) -> torch.Tensor:
-    """Logits of the last position, by one pass of the engine's own model over all of `ids`."""
-    from tests.engine.forward import forward_logits
-
-    return forward_logits(llm, ids)[-1]
 
 
 @pytest.mark.parametrize("kind", PARAMS)
@@ -108,15 +107,38 @@ def logits_after(llm: LLM, ids: list[int]) -> torch.Tensor:
 def test_same_tokens(model: str, alone: dict[str, list[list[int]]], variant: str, kind: str) -> None:
     with LLM(model, **(BASE | VARIANTS[variant])) as llm:
         got = tokens_of(llm, prompts(), PARAMS[kind])
-        if "preemption" in variant:  # crowd the cache until requests lose their seats
-            crowd = [SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)] * 12
-            got = tokens_of(llm, [*prompts(), *others()[:12]], [*PARAMS[kind], *crowd])[: len(PARAMS[kind])]
-            assert llm.engine.metrics.num_preemptions > 0, "nothing was preempted: the case tests nothing"
         if "prefix cache" in variant:
             again = tokens_of(llm, prompts(), PARAMS[kind])
             assert llm.engine.metrics.num_cached_tokens > 0, "nothing was cached: the case tests nothing"
             assert again == alone[kind]
     assert got == alone[kind]
+
+
+def preempted_prompts() -> list[list[int]]:
+    """Prompts whose outputs are long enough to lose their seats midway; the seeds give choices with margins."""
+    generators = ((3, random.Random(2)), (17, random.Random(16)), (30, random.Random(6)), (40, random.Random(6)))
+    return [[rng.randrange(5, 250) for _ in range(num_tokens)] for num_tokens, rng in generators]
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_preemption_does_not_matter(model: str, kind: str) -> None:
+    """A crowd that came first fills the cache until those who came later lose their seats, and it is they who count."""
+    rng = random.Random(6)
+    crowd = [[rng.randrange(5, 250) for _ in range(8)] for _ in range(8)]
+    crowd_params = [SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)] * len(crowd)
+    batch = preempted_prompts()
+    params = params_of(kind, len(batch), 40)
+    with LLM(model, **BASE) as llm:
+        alone = [tokens_of(llm, [prompt], [p])[0] for prompt, p in zip(batch, params, strict=True)]
+        if kind == "greedy":
+            margins = [smallest_margin(llm, prompt, out) for prompt, out in zip(batch, alone, strict=True)]
+            assert min(margins) > MARGIN, f"these prompts have near-ties and prove nothing: {margins}"
+    for name, options in TIGHT_VARIANTS.items():
+        with LLM(model, **(BASE | options)) as llm:
+            outputs = llm.generate([*crowd, *batch], [*crowd_params, *params])[len(crowd) :]
+        preemptions = [out.timings.num_preemptions for out in outputs]
+        assert sum(preemptions) > 0, f"{name}: those compared were not preempted: the case tests nothing"
+        assert [out.token_ids for out in outputs] == alone, f"{name}: preempted {preemptions} times"
 
 
 @pytest.mark.parametrize("overlap", [False, True])
