@@ -6,6 +6,14 @@
 
 A request owes `num_owed` tokens of computation, whatever it is doing: a chunk of its prompt, one decode, a
 verification of drafts, what a prefix hit left over, or everything again after a preemption.
+
+Steps are planned before the results of earlier ones are known. A row is *open* if its next plan depends only on how
+many tokens it has, not which: it is planned up to position `plan_limit` with tokens unread. A *closed* row
+(`plan_limit` 0) waits for the result in flight: its drafts may be rejected, or a grammar needs the token.
+Each time a request is seated it starts over, and `first_step` tells the results of this seat from those of an
+earlier one. `rank` orders all requests: the smaller is admitted, and planned among its like, before the larger, and
+preempted after it. It is admitted when the cache can hold all its tokens, but takes a chunk's blocks at a time: the
+rest is promised to it, and newcomers are admitted only on blocks that are not promised.
 """
 
 from __future__ import annotations
@@ -29,13 +37,13 @@ class Request:
         # What was asked for.
         "number": "never used again",
         "tokens": "array('i'): the prompt, then the output tokens read",
-        "num_prompt": "",
-        "max_tokens": "",
+        "num_prompt": "leading tokens that were given",
+        "max_tokens": "most output tokens asked for",
         "params": "numeric sampling parameters, for the device",
         "stop_token_ids": "sampling one of them ends it; includes the model's end tokens unless they are ignored",
-        "priority": "lower is served first",
-        "arrival": "",
-        "salt": "prefixes are shared only under an equal salt",
+        "priority": "lower is served first, equal ones by arrival",
+        "arrival": "when it came, in seconds",
+        "salt": "bytes: prefixes are shared only under an equal salt",
         "is_stepwise": "its next plan depends on its last result (drafts, a grammar, a beam): it never runs ahead",
         # Where it stands.
         "drafts": "proposed tokens after the last one read; dropped if that is still unknown",
@@ -43,23 +51,23 @@ class Request:
         "num_planned": "positions handed to steps since it was seated, cached ones included",
         "num_computed": "positions whose keys and values are in the cache, by results that were applied",
         "finish_reason": "None until it ends",
-        "rank": "place in the one total order: a smaller one is admitted first and preempted last",
-        "max_len": "most tokens it can come to; the scheduler lowers it to what model and cache hold",
+        "rank": "(priority, order of arrival, number): a smaller one is admitted first and preempted last",
+        "max_len": "most tokens, output included, it can come to; the scheduler lowers it to what model and cache hold",
         "plan_limit": "positions from here on are not planned; 0: closed until its result in flight is applied",
         "parent": "whom it was forked from, until it is seated",
         # What it has.
         "row": "its seat; 0: none",
         "first_step": "the step that seated it: results of earlier steps are of an earlier seat",
-        "blocks": "",
+        "blocks": "array('i'): blocks of the cache, that of positions i * block_size onwards at index i",
         "num_promised": "blocks of its tokens that it was admitted for and has not taken yet",
         "keys": "prefix-cache keys of its full blocks, as far as they are known",
         "num_published": "leading blocks that were offered to the prefix cache",
         "next_publish": "computed positions at which the next block can be offered",
         # What became of it.
-        "first_planned": "when it was first seated",
+        "first_planned": "when it was first seated, in seconds; None before",
         "num_cached_tokens": "tokens found in the cache when it was first seated",
-        "num_chunks": "steps that computed a part of its prompt",
-        "num_preemptions": "",
+        "num_chunks": "steps that computed a part of its prompt, or of what a preemption left to compute again",
+        "num_preemptions": "times it lost its seat, and with it all that was not in the prefix cache",
         "num_overtaken": "requests that were admitted before it while it headed the queue",
     }
 

@@ -1,7 +1,10 @@
 """Running: the requests that have a row, and what the next step does for them. It knows no queue and no results.
 
-Requests are kept by rank: `decodes` have sampled since they were seated, `prompts` have not yet. When blocks run out,
-the largest rank gives up its own and will be computed again, so the smallest always gets on.
+Requests are kept by rank (priority, then arrival): `decodes` have sampled since they were seated, `prompts` have not
+yet. A step gives each open decode a token; a closed one waits for a result in flight (`request.py` has the terms).
+Then the prompts get chunks, each taking the blocks of its chunk, which were promised to it when it was admitted. A
+decode grows on what is free, promised or not. When blocks run out, the largest rank gives up its own and will be
+computed again, so the smallest always gets on; results of steps before its next `first_step` are void.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ class Running:
 
     def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
         self.decodes: list[Request] = []
+        """By rank; they owe one token, drafts aside."""
         self.prompts: list[Request] = []
+        """By rank; half done, as those that a step finishes become decodes."""
         self.preempted: list[Request] = []
         """Those who gave up their row and are not queued yet."""
         self._limits = limits
