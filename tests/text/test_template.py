@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
 from typing import Any
 
 import pytest
 
 from minillm.errors import CheckpointError, RequestError
-from minillm.text.template import ChatTemplate
+from minillm.text import template as template_module
+from minillm.text.template import MAX_TOTAL, ChatTemplate
 
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES: list[dict[str, Any]] = [
@@ -57,6 +60,19 @@ TOOLED = """{%- set ns = namespace(last=-1, names=[]) %}
 {%- for key, value in messages[0].items() %}{{ key }}={{ value.split(' ')[0] | replace('B', 'b') }};{% endfor %}
 {{- '%s-%d' % ('x', 3) }} {{ 'ab' * 2 }} {{ 7 // 2 }} {{ 2 ** 5 }} {{ range(3) | list }} {{ none is none }}
 {%- for i in range(5) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}
+{% set block %}{{ bos_token }}-{{ messages | length }}{% endset %}{{ block }}
+{%- for m in messages[::-1] %}{{ loop.index0 }}{{ (messages | length - 1) - loop.index0 }}{{ loop.previtem is defined }}
+{%- if m.content is string and not (m.content.startswith('<tool>') and m.content.endswith('</tool>')) %}
+{{- m.content.split('</think>')[-1].lstrip('\n') ~ m.content.split('</think>')[0].rstrip('\n').strip() }}{% endif %}
+{%- endfor %}
+{%- for name, value in {'x': 'y', 'n': 1} | items %}{{ name ~ '=' ~ value }}{% endfor %}
+{%- set builtin = ['search', 'code'] %}{{ builtin | reject('equalto', 'code') | join(', ') }}
+{{- '{} of {:>5}'.format('é', 3) }}{{ [1, 2] | tojson(indent=4) }}{{ {'b': 1, 'a': '<'} | tojson(sort_keys=true) }}
+{{- [] | tojson(indent=2) }}{{ [1, {'a': []}] | tojson(separators=(',', ':')) }}{{ '"' + 'a' | title + '"' }}
+{%- macro kind(obj, context='x') %}{{ obj }}{{ context }}{% endmacro %}{{ kind(obj=1, context=2) }}
+{%- for k in {'b': 1, 'a': 2} | dictsort %}{{ k[0] }}{% endfor %}{{ none | default('d') }}{{ nothing | d('e', true) }}
+{{- 'x' in messages[0].values() }}{{ 'role' in messages[0].keys() }}{{ messages[0].get('name', 'nobody') }}
+{{- {'a': 1}.items() | list }}{{ messages | map(attribute='role') | unique | list }}{{ 'a\nb' | indent(2) }}
 {{- messages[-1].content is string }}{{ undefined_thing }}{{ documents }} {{ 'é' | tojson }}"""
 
 
@@ -94,8 +110,7 @@ HOSTILE = {
     "subclasses": "{{ messages[0].__class__.__base__.__subclasses__() }}",
     "mapped attribute": "{{ messages | map(attribute='__class__') | map(attribute='__base__') | first }}",
     "mutation": "{{ messages.append(1) }}",
-    "hidden variable": "{% set ns = namespace(_a=1) %}",
-    "include": "{% include '/etc/passwd' %}",
+    "hidden variable": "{% set ns = namespace(_a={'x': 1}) %}{{ ns._a.x }}",
     "range": "{% for i in range(10**9) %}{% endfor %}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
@@ -119,18 +134,95 @@ HOSTILE = {
     "padding": "{{ 'a'.center(10**9) }}{{ 'a'.zfill(10**9) }}",
     "indent": "{{ 'a' | indent(10**9, true) }}",
     "json indent": "{{ [1] | tojson(indent=10**9) }}",
+    "bytes": "{{ ('x'.encode() * 2000000000) | length }}",
+    "padded bytes": "{{ 'x'.encode().ljust(2000000000) | length }}",
+    "whole numbers' methods": "{{ (5).to_bytes(2000000000) | length }}",
+    "huge powers": "{% set ns = namespace(x=7) %}{% for i in range(100) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "indented JSON": "{{ range(20000) | list | tojson(indent=65536) | length }}",
+    "JSON indented by text": "{{ range(20000) | list | tojson(indent='x' * 65536) | length }}",
+    "JSON separators": "{{ range(2000) | list | tojson(separators=('x' * 50000, ':')) | length }}",
+    "JSON of shared texts": "{% set x = ['x' * 100000] * 200 %}{{ x | tojson | length }}",
+    "join of a range": "{{ range(2000) | join('x' * 100000) | length }}",
+    "join of a generator": "{{ ('x' * 100000).join(range(2000) | map('string')) | length }}",
+    "join by keyword": "{{ range(2000) | join(d='x' * 100000) | length }}",
+    "replace by keyword": "{{ ('a' * 9999) | replace(new='b' * 99999, old='a') | length }}",
+    "indented carriage returns": "{{ ('\r' * 99999) | indent(9999) | length }}",
+    "wide strftime": "{{ strftime_now('%099999999d') | length }}",
+    "wide named format": "{{ '%(a)1000000000d' % {'a': 1} }}",
+    "repeated named format": "{{ ('%(a)s' * 9999) % {'a': 'x' * 99999} }}",
+    "repeated format method": "{{ ('{0}' * 9999).format('x' * 99999) }}",
+    "nested format method": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "long characters to strip": "{{ ('a' * 99999).strip('b' * 99999 + 'a') }}",
+    "long attribute": "{{ range(9999) | map(attribute='0.' * 9999) | list }}",
+    "block set": "{% set x %}{% for i in range(9999) %}{{ 'a' * 99999 }}{% endfor %}{% endset %}",
+    "constant text": "{% macro f() %}{% for i in range(99999) %}" + "a" * 50000 + "{% endfor %}{% endmacro %}{{ f() }}",
+    "many values": "".join(f"{{% set x{i} = 'a' * 150000 + '{i}' %}}" for i in range(999)),
+    "many slices": "{% set x = 'a' * 150000 %}" + "".join(f"{{% set x{i} = x[{i}:] %}}" for i in range(999)),
+    "many arguments": "{% set x = 'a' * 150000 %}{% macro f() %}{{ varargs | string | length }}{% endmacro %}{{ f("
+    + "x, " * 999
+    + "x) }}",
+    "namespace in lists": "{% set ns = namespace() %}{% set l = [ns] * 9999 %}{% set ns.x = 'a' * 99999 %}{{ l }}"
+    "{{ raise_exception('small') if (l | string | length) < 999999 }}",
     "long output": "{% for i in range(9999) %}{{ 'a' * 9**6 }}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_templates_are_refused(source: str) -> None:
+def test_hostile_templates_are_refused_with_little_memory(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "MAX_TURNS", 5_000)  # since traced memory is slow
     template = ChatTemplate(source, NAMED)
-    with pytest.raises(RequestError, match=r"the chat template (refuses these messages|calls itself too often)"):
-        template.render(MESSAGES)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match=r"the chat template (refuses these messages|calls itself too often)"):
+            template.render(MESSAGES)
+        assert tracemalloc.get_traced_memory()[1] < 2 * MAX_TOTAL
+    finally:
+        tracemalloc.stop()
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ x | no_such_filter }}", "{% endif %}", "a" * (1 << 18) + "a"])
+LATE = {
+    "select": (10_000, "{{ range(50000) | select('in', range(50000) | list) }}"),
+    "reject": (10_000, "{{ range(50000) | reject('in', range(50000) | list) }}"),
+    "attributes": (10_000, "{{ range(50000) | selectattr('real') }}"),
+    "list": (10_000, "{{ range(50000) | list }}"),
+    "loops": (10_000, "{% for i in range(50000) %}{% endfor %}"),
+    "filtered loops": (10_000, "{% for i in range(50000) if false %}{% endfor %}"),
+    "comparisons": (3, "{% if 1 == 1 and 2 == 2 and 3 == 3 %}{% endif %}"),
+    "filters": (3, "{% if 1 | string | string | string %}{% endif %}"),
+    "tests": (3, "{% if 1 is number and 2 is number and 3 is number %}{% endif %}"),
+    "methods": (3, "{% if 'a'.strip().strip().strip() %}{% endif %}"),
+    "output": (3, "{{ 1 }}{{ 2 }}{{ 3 }}"),
+}
+
+
+@pytest.mark.parametrize(("num_looks", "source"), LATE.values(), ids=list(LATE))
+def test_the_clock_is_looked_at_everywhere(num_looks: int, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock moves when it is looked at: so many looks use the time up."""
+    template = ChatTemplate(source, NAMED)
+    seconds = itertools.count(step=10.5 / num_looks)
+    monkeypatch.setattr(template_module.time, "monotonic", lambda: next(seconds))
+    with pytest.raises(RequestError, match="more than 10 seconds"):
+        template.render(MESSAGES[:1])
+
+
+DEEP = {
+    "loops": "{% for a in messages %}" * 25 + "{% endfor %}" * 25,
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "operators": "{{ " + "not " * 3000 + "1 }}",
+    "sums": "{{ " + "1+" * 20000 + "1 }}",
+    "digits": "{{ " + "9" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("{% for %}", "{{ x | no_such_filter }}", "{% endif %}", "a" * (1 << 16) + "a", *DEEP.values()),
+        *("{% include '/etc/passwd' %}", "{% block x %}{% endblock %}", "{% extends 'x' %}", "{% import 'x' as y %}"),
+        *("{% filter upper %}a{% endfilter %}", "{% autoescape true %}{% endautoescape %}"),
+        "{% set x | replace('a', 'b') %}a{% endset %}",
+    ],
+)
 def test_templates_that_do_not_compile_are_checkpoint_errors(source: str) -> None:
     with pytest.raises(CheckpointError, match="the chat template"):
         ChatTemplate(source, {})
