@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -13,6 +14,7 @@ __all__ = ["Configs", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
+MAX_SIZE = 2**31 - 1
 MAX_SIZES: Mapping[str, int] = MappingProxyType(
     {
         "max_model_len": 2**24,
@@ -91,6 +93,22 @@ def is_int_in(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+def check_whole(config: object, names: Sequence[str]) -> None:
+    """Raise ConfigError unless these fields are whole numbers from 1 to MAX_SIZE."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
+            raise ConfigError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
+
+
+def check_positive(config: object, names: Sequence[str]) -> None:
+    """Raise ConfigError unless these fields are positive numbers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a positive number, not {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was trained on."""
@@ -104,6 +122,14 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole(self, ("original_max_position",))
+        check_positive(self, ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"))
+        if self.attention_factor is not None:
+            check_positive(self, ("attention_factor",))
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(f"low_freq_factor {self.low_freq_factor} is not below {self.high_freq_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +161,12 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_whole(self, ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"))
+        check_whole(self, ("head_size", "max_position"))
+        check_positive(self, ("rms_norm_eps", "rope_theta"))
+        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+                raise ConfigError(f"a token id must be a whole number from 0, not {token_id!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_size % 2:

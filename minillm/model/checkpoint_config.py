@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minillm.config import ModelConfig, RopeScaling
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, ConfigError
 from minillm.model.gguf import ROPE_DIVISORS, GGUFFile
 from minillm.model.rotary import llama3_divisors
 
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object")
@@ -50,9 +50,40 @@ def config_from_folder(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{path} describes no model that can run: {error}") from error
     generation = folder / "generation_config.json"
     if generation.is_file():
-        ends = token_ids(read_json(generation).get("eos_token_id"))
-        config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + ends)))
+        try:
+            ends = token_ids(read_json(generation), "eos_token_id")
+            config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + ends)))
+        except ConfigError as error:
+            raise CheckpointError(f"{generation} cannot be used: {error}") from error
     return config
+
+
+def whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number; the default where there is none or null. Raises KeyError without either, and ConfigError."""
+    value = raw[key] if default is None else raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key} must be a whole number, not {value!r:.100}")
+    return value
+
+
+def number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number; the default where there is none or null. Raises KeyError without either, and ConfigError."""
+    value = raw[key] if default is None else raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ConfigError(f"{key} must be a number, not {value!r:.100}")
+    return float(value)
+
+
+def mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object, empty where there is none. Raises ConfigError."""
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be an object, not {value!r:.100}")
+    return value
 
 
 def check_supported(raw: Mapping[str, Any], path: Path) -> None:
@@ -63,58 +94,66 @@ def check_supported(raw: Mapping[str, Any], path: Path) -> None:
             f"use a model of {', '.join(ARCHITECTURES)}"
         )
     architectures = raw.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise CheckpointError(f"{path} has architectures {architectures}; known are {', '.join(ARCHITECTURES)}")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else repr(quantization)
         raise CheckpointError(f"{path} has weights quantised by {method}; use a plain safetensors or a GGUF version")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path} has hidden_act {raw['hidden_act']!r}; only silu is known")
+    if raw.get("partial_rotary_factor") not in (None, 1):
+        raise CheckpointError(
+            f"{path} has partial_rotary_factor {raw['partial_rotary_factor']!r}; only heads rotated whole are known"
+        )
 
 
 def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
     """Fields of config.json -> ModelConfig."""
     family = raw["architectures"][0].removesuffix("ForCausalLM")
-    num_heads = int(raw["num_attention_heads"])
+    num_heads = whole(raw, "num_attention_heads")
     has_bias = bool(raw.get("attention_bias", False)) and family != "Qwen2"
-    max_position = int(raw["max_position_embeddings"])
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    max_position = whole(raw, "max_position_embeddings")
+    rope = {**mapping(raw, "rope_scaling"), **mapping(raw, "rope_parameters")}
     scaling = rope_scaling(rope, max_position)
     if scaling is not None and scaling.kind == "yarn":
         max_position = max(max_position, int(scaling.factor * scaling.original_max_position))
     return ModelConfig(
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        intermediate_size=int(raw["intermediate_size"]),
-        num_layers=int(raw["num_hidden_layers"]),
+        vocab_size=whole(raw, "vocab_size"),
+        hidden_size=whole(raw, "hidden_size"),
+        intermediate_size=whole(raw, "intermediate_size"),
+        num_layers=whole(raw, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-        head_size=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
+        num_kv_heads=whole(raw, "num_key_value_heads", num_heads),
+        head_size=whole(raw, "head_dim", whole(raw, "hidden_size") // num_heads),
         max_position=windowed(max_position, sliding_window(raw, family)),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0)),
         rope_scaling=scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=has_bias or family == "Qwen2",
         output_bias=has_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=family == "Qwen3",
-        eos_token_ids=token_ids(raw.get("eos_token_id")),
-        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=token_ids(raw, "eos_token_id"),
+        bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
     )
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """One token id, a list of them or None, as a tuple."""
+def token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """One token id, a list of them or none, as a tuple. Raises ConfigError."""
+    value = raw.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(int(v) for v in values)
+    if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in values):
+        raise ConfigError(f"{key} must be a token id or a list of them, not {value!r:.100}")
+    return tuple(values)
 
 
 def sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that attention looks back on, if the model limits them."""
     is_used = raw.get("use_sliding_window", False) if family.startswith("Qwen") else True
-    window = raw.get("sliding_window")
-    return int(window) if is_used and window is not None else None
+    has_window = is_used and raw.get("sliding_window") is not None
+    return whole(raw, "sliding_window") if has_window else None
 
 
 def windowed(max_position: int, window: int | None) -> int:
@@ -137,21 +176,20 @@ def rope_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | No
         return None
     if kind not in ("linear", "llama3", "yarn"):
         raise CheckpointError(f"rope scaling {kind!r} is not supported; linear, llama3 and yarn are")
-    original = int(rope.get("original_max_position_embeddings") or max_position)
-    factor = rope.get("factor")
+    original = whole(rope, "original_max_position_embeddings", max_position)
     scaling = RopeScaling(
         kind=kind,
-        factor=float(max_position / original if factor is None else factor),
+        factor=number(rope, "factor", max_position / original),
         original_max_position=original,
     )
     if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         return replace(scaling, low_freq_factor=low, high_freq_factor=high)
     if kind == "yarn":
         return replace(
             scaling,
-            beta_fast=float(rope.get("beta_fast") or 32.0),
-            beta_slow=float(rope.get("beta_slow") or 1.0),
+            beta_fast=number(rope, "beta_fast", 32.0),
+            beta_slow=number(rope, "beta_slow", 1.0),
             attention_factor=yarn_attention_factor(rope, scaling.factor),
         )
     return scaling
@@ -160,8 +198,8 @@ def rope_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | No
 def yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
     """YaRN's factor on attention where the config sets it, directly or as a ratio of two scales."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        return number(rope, "attention_factor")
+    scale, scale_all = number(rope, "mscale", 0.0), number(rope, "mscale_all_dim", 0.0)
     if not scale or not scale_all:
         return None
     if factor <= 1:
@@ -189,33 +227,33 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 
 def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
     """Metadata without the architecture's prefix -> ModelConfig; what has no key is read off the tensor table."""
-    tensors, num_heads = file.tensors, int(own["attention.head_count"])
-    head_size = int(own.get("attention.key_length") or own["embedding_length"] // num_heads)
+    tensors, num_heads = file.tensors, whole(own, "attention.head_count")
+    head_size = whole(own, "attention.key_length", whole(own, "embedding_length") // num_heads)
     if (
         own.get("rope.dimension_count", head_size) != head_size
         or own.get("attention.value_length", head_size) != head_size
     ):
         raise CheckpointError(f"{file.path} has heads of several sizes, or rotates only a part of them")
-    ends = [own.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    ends = [end for kind in ("eos", "eot") for end in token_ids(own, f"tokenizer.ggml.{kind}_token_id")]
     config = ModelConfig(
         vocab_size=tensors["token_embd.weight"].shape[0],
-        hidden_size=int(own["embedding_length"]),
-        intermediate_size=int(own["feed_forward_length"]),
-        num_layers=int(own["block_count"]),
+        hidden_size=whole(own, "embedding_length"),
+        intermediate_size=whole(own, "feed_forward_length"),
+        num_layers=whole(own, "block_count"),
         num_heads=num_heads,
-        num_kv_heads=int(own.get("attention.head_count_kv", num_heads)),
+        num_kv_heads=whole(own, "attention.head_count_kv", num_heads),
         head_size=head_size,
-        max_position=windowed(int(own["context_length"]), own.get("attention.sliding_window") or None),
-        rms_norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
-        rope_theta=float(own.get("rope.freq_base", 10_000.0)),
+        max_position=windowed(whole(own, "context_length"), whole(own, "attention.sliding_window", 0) or None),
+        rms_norm_eps=number(own, "attention.layer_norm_rms_epsilon"),
+        rope_theta=number(own, "rope.freq_base", 10_000.0),
         rope_scaling=gguf_scaling(own),
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        eos_token_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
-        bos_token_id=own.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        bos_token_id=next(iter(token_ids(own, "tokenizer.ggml.bos_token_id")), None),
     )
     return replace(config, rope_scaling=llama3_scaling(file, config)) if ROPE_DIVISORS in tensors else config
 
@@ -227,7 +265,7 @@ def gguf_scaling(own: Mapping[str, Any]) -> RopeScaling | None:
         return None
     original = own.get("rope.scaling.original_context_length")
     rope = {"rope_type": kind, "factor": own["rope.scaling.factor"], "original_max_position_embeddings": original}
-    return rope_scaling(rope, int(own["context_length"]))
+    return rope_scaling(rope, whole(own, "context_length"))
 
 
 def llama3_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling:

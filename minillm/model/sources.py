@@ -15,7 +15,7 @@ from typing import Any, Literal
 from minillm.config import Configs, ModelConfig
 from minillm.errors import CheckpointError, DownloadError, ModelNotFoundError
 from minillm.model.checkpoint_config import config_from_folder, config_from_gguf
-from minillm.model.download import SMOLLM2, Progress, cached_path, fetch
+from minillm.model.download import SMOLLM2, Progress, cached_path, fetch, is_intact
 from minillm.model.gguf import GGUFFile
 from minillm.model.transformer import Transformer
 from minillm.model.weights import fill_random, fill_stored, read_safetensors
@@ -69,7 +69,9 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Progress | No
             raise ModelNotFoundError(f"no shape called {name!r}; known are {', '.join(random_names())}")
         return ModelFiles(name=name, kind="random")
     if name == DEFAULT_MODEL:
-        return ModelFiles(name=name, kind="gguf", path=pull(name, cache_dir=cache_dir, progress=progress))
+        folder = default_cache_dir() if cache_dir is None else cache_dir
+        # Reading all of a file that was checked when it came would slow every start: its size is enough here.
+        return ModelFiles(name=name, kind="gguf", path=cached_path(SMOLLM2, folder) or fetch(SMOLLM2, folder, progress))
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -93,14 +95,15 @@ def random_names() -> list[str]:
 
 
 def pull(name: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """Path of a downloadable model in the cache, fetched first if it is absent or damaged.
+    """Path of a downloadable model in the cache, fetched first if it is absent or its SHA-256 shows it damaged.
 
     Raises ModelNotFoundError for any name but the default model's, and DownloadError.
     """
     if name != DEFAULT_MODEL:
         raise ModelNotFoundError(f"{name!r} cannot be pulled; {DEFAULT_MODEL} can")
     folder = default_cache_dir() if cache_dir is None else cache_dir
-    return cached_path(SMOLLM2, folder) or fetch(SMOLLM2, folder, progress)
+    path = cached_path(SMOLLM2, folder)
+    return path if path is not None and is_intact(SMOLLM2, path) else fetch(SMOLLM2, folder, progress)
 
 
 def from_hub(name: str) -> Path:

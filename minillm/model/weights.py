@@ -123,7 +123,7 @@ def indexed_names(index: Path) -> list[str]:
     try:
         names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         is_plain = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
     if not is_plain:
         raise CheckpointError(f"{index} names files outside its folder or of another kind; get the model elsewhere")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -17,6 +17,7 @@ from minillm.text.pieces import SPACE_MARK, byte_letters
 
 __all__ = ["backend_from_gguf"]
 
+T = TypeVar("T")
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of token: special ones, and text that is always one token."""
 
@@ -53,32 +54,48 @@ SPLITS: Mapping[str, str | None] = MappingProxyType(
 def backend_from_gguf(metadata: Mapping[str, Any]) -> Backend:
     """The tokeniser that the metadata describes. Raises CheckpointError for kinds that are not known."""
     kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; gpt2 and llama are known")
+    tokens = entries(metadata, "tokenizer.ggml.tokens", str)
+    kinds = entries(metadata, "tokenizer.ggml.token_type", int) if metadata.get("tokenizer.ggml.token_type") else []
     try:
-        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        if kind == "gpt2":
-            backend = byte_level_backend(metadata, tokens)
-        elif kind == "llama":
-            backend = sentencepiece_backend(metadata, tokens)
-        else:
-            raise CheckpointError(f"the GGUF file has a vocabulary of kind {kind!r}; gpt2 and llama are known")
-    except KeyError as error:
-        raise CheckpointError(f"the GGUF file has no {error.args[0]}") from error
-    add_whole_tokens(backend, tokens, metadata.get("tokenizer.ggml.token_type") or (), kind == "gpt2")
+        backend = (byte_level_backend if kind == "gpt2" else sentencepiece_backend)(metadata, tokens)
+        add_whole_tokens(backend, tokens, kinds, kind == "gpt2")
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"tokenizer.ggml.tokens and their merges make no vocabulary ({error})") from error
     return backend
+
+
+def entries(metadata: Mapping[str, Any], key: str, kind: type[T]) -> list[T]:
+    """A list of one kind of entries. Raises CheckpointError."""
+    value = metadata.get(key)
+    if value is None:
+        raise CheckpointError(f"the GGUF file has no {key}")
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+        raise CheckpointError(f"{key} must be a list of {kind.__name__} and is none")
+    return value
+
+
+def merge_pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pairs of tokens that are merged, first ones first."""
+    pairs = (merge.split(" ") for merge in entries(metadata, "tokenizer.ggml.merges", str))
+    return [(left, right) for left, right in pairs]
 
 
 def byte_level_backend(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Backend:
     """Byte-level BPE (GPT-2, Llama 3, Qwen)."""
     rule = metadata.get("tokenizer.ggml.pre", "default")
-    if rule not in SPLITS:
-        raise CheckpointError(f"the GGUF file cuts text by the rule {rule!r}; known are {', '.join(SPLITS)}")
+    if not isinstance(rule, str) or rule not in SPLITS:
+        raise CheckpointError(f"tokenizer.ggml.pre cuts text by the rule {rule!r:.100}; known are {', '.join(SPLITS)}")
     letters = byte_letters()
     alphabet = set(letters)
     vocab = {}
     for token_id, token in enumerate(tokens):
         is_spelled = alphabet.issuperset(token)
         vocab[token if is_spelled else "".join(letters[byte] for byte in token.encode())] = token_id
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = merge_pairs(metadata)
     backend = Backend(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=""))
     split = SPLITS[rule]
     if split is None:
@@ -97,11 +114,10 @@ def byte_level_backend(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Ba
 def sentencepiece_backend(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Backend:
     """SentencePiece BPE (Llama 1 and 2, Mistral 7B), whose merges follow from the vocabulary's scores."""
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    merges = metadata.get("tokenizer.ggml.merges")
     pairs = (
-        scored_merges(vocab, metadata["tokenizer.ggml.scores"])
-        if merges is None
-        else [tuple(merge.split(" ")) for merge in merges]
+        scored_merges(vocab, entries(metadata, "tokenizer.ggml.scores", float))
+        if metadata.get("tokenizer.ggml.merges") is None
+        else merge_pairs(metadata)
     )
     has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     backend = Backend(models.BPE(vocab=vocab, merges=pairs, fuse_unk=True, byte_fallback=True))

