@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -81,11 +81,14 @@ class OwnEngine:
 class TransformersEngine:
     """transformers: `generate` on prompts of equal length on a CPU, its continuous batching on a GPU."""
 
+    batches_on: ClassVar[tuple[str, ...]] = ("cuda",)
+
     def __init__(self, job: Job) -> None:
         transformers = optional_import("transformers")
         self.version: str = transformers.__version__
         self.dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
-        if job.device.type == "cpu" and not job.workload.is_equal_length:
+        is_batching = job.device.type in self.batches_on
+        if not is_batching and not job.workload.is_equal_length:
             raise ConfigError(
                 f"transformers on a CPU runs requests of equal length alone; {job.workload.name!r} has mixed ones. "
                 "Give --input-len and --output-len, or take a cpu- workload"
@@ -100,7 +103,7 @@ class TransformersEngine:
         )
         self._model.generation_config = self._generation_config  # its own would bring end tokens back
         self._stack = ExitStack()
-        self._manager = None if job.device.type == "cpu" else self._start_batching(job.workload)
+        self._manager = self._start_batching(job.workload) if is_batching else None
 
     def _start_batching(self, workload: Workload) -> Any:
         """Start continuous batching as `generate_batch` does, but once, outside the time that is measured."""

@@ -6,13 +6,15 @@ import json
 import random
 
 import pytest
+import torch
 
-from minillm.bench import offline
+from minillm.bench import engines, offline
 from minillm.bench.engines import hub_config
 from minillm.bench.workload import SHAPES, Shape, Workload, find_shape, make_workload
 from minillm.config import Configs, EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.checkpoint_config import config_from_folder
+from minillm.model.sources import load_config, resolve
 
 TINY = Configs.TINY_LLAMA
 
@@ -102,3 +104,21 @@ def test_two_engines_in_one_run(workload: str, share: str, capsys: pytest.Captur
     for row in line["results"]:
         assert sorted(row["runs"])[1] == row["seconds"] and row[share] > 0
         assert f"│ {row['engine']} " in printed
+
+
+def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way on a GPU, here on a CPU with a tiny model: each request ends with as many tokens as it asked for."""
+    monkeypatch.setattr(engines.TransformersEngine, "batches_on", ("cpu",))
+    model = "random:tiny-qwen3"
+    files = resolve(model)
+    job = engines.Job(
+        model=model,
+        files=files,
+        model_config=load_config(files),
+        engine_config=EngineConfig(),
+        workload=Workload("nano", [[5, 6, 7], [8] * 20, [3] * 9], [5, 9, 3], 0.0),
+        device=torch.device("cpu"),
+    )
+    engine = engines.TransformersEngine(job)
+    assert engine.run(job.workload) == 17
+    engine.close()
