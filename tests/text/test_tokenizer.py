@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -165,12 +166,71 @@ def test_ways_of_cutting_equal_transformers(tmp_path: Path, byte_level_folder: P
 
 
 def test_unknown_vocabularies_are_refused(sentencepiece_vocab: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="kind 'wpm'"):
+    with pytest.raises(CheckpointError, match=r"model is 'wpm'"):
         Tokenizer.from_gguf({**sentencepiece_vocab, "tokenizer.ggml.model": "wpm"})
     with pytest.raises(CheckpointError, match="rule 'martian'"):
         Tokenizer.from_gguf({**sentencepiece_vocab, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "martian"})
     with pytest.raises(CheckpointError, match=r"no tokenizer\.ggml\.tokens"):
         Tokenizer.from_gguf({"tokenizer.ggml.model": "llama"})
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [1, "a", None], [], ["a b c"], ["x", ""], None, True, {}])
+@pytest.mark.parametrize(
+    "key",
+    ["model", "pre", "tokens", "token_type", "scores", "merges", *(f"{n}_token_id" for n in ("bos", "eos", "padding"))],
+)
+def test_metadata_of_odd_types_is_read_or_refused(
+    sentencepiece_vocab: dict[str, Any], model: str, key: str, value: Any
+) -> None:
+    whole = {**sentencepiece_vocab, "tokenizer.ggml.model": model}
+    if model == "gpt2":
+        whole["tokenizer.ggml.merges"] = []
+    try:
+        Tokenizer.from_gguf({**whole, f"tokenizer.ggml.{key}": value})
+    except CheckpointError as error:
+        assert "tokenizer.ggml." in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ggml.pre", ["x"]),
+        ("ggml.tokens", [1]),
+        ("ggml.tokens", "abc"),
+        ("ggml.token_type", 5),
+        ("ggml.token_type", ["3"]),
+        ("ggml.merges", "a b"),
+        ("ggml.merges", [1]),
+        ("ggml.bos_token_id", "1"),
+        ("ggml.eos_token_id", -1),
+        ("chat_template", 5),
+    ],
+)
+def test_odd_metadata_is_refused_with_file_and_field(sentencepiece_vocab: dict[str, Any], key: str, value: Any) -> None:
+    vocab = {**sentencepiece_vocab, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": []}
+    metadata = {**vocab, f"tokenizer.{key}": value}
+    files = SimpleNamespace(kind="gguf", path=Path("odd.gguf"), metadata=metadata, vocab_size=None)
+    with pytest.raises(CheckpointError, match=rf"odd\.gguf .*tokenizer\.{key}"):
+        load_tokenizer(files)
+
+
+@pytest.mark.parametrize("template", [5, ["x"], [{"name": "default", "template": 5}], {"default": "x"}])
+def test_odd_templates_are_refused(byte_level_folder: Path, tmp_path: Path, template: Any) -> None:
+    shutil.copy(byte_level_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has a chat_template"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_template_of_odd_bytes_is_refused(byte_level_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(byte_level_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_folders_without_a_readable_tokeniser_say_so(tmp_path: Path) -> None:
