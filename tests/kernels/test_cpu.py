@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minillm.kernels import cpu, reference
+from minillm.model.stored import FourBit
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -44,6 +45,44 @@ def test_packed_fp32_rows_have_the_same_bits_in_any_batch() -> None:
     whole = cpu.linear(x_TD, packed)
     for first, last in ((0, 1), (3, 5), (10, 26), (50, 130)):
         assert torch.equal(cpu.linear(x_TD[first:last], packed), whole[first:last])
+
+
+def random_codes(num_outputs: int, num_inputs: int, num_codes: int) -> tuple[FourBit, torch.Tensor]:
+    """Codes of `num_codes` a row, and the float64 matrix that they stand for."""
+    codes_OE = torch.randint(0, 16, (num_outputs, num_codes), dtype=torch.uint8)
+    scales_OG, zeros_OG = torch.rand(num_outputs, num_codes // 32) / 8, torch.randn(num_outputs, num_codes // 32)
+    groups = codes_OE.view(num_outputs, -1, 32).double()
+    numbers = (groups - 8) * scales_OG.double()[..., None] + zeros_OG.double()[..., None]
+    return FourBit(codes_OE, scales_OG, zeros_OG), numbers.view(num_outputs, -1, num_inputs).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_codes", [160, 320])
+@pytest.mark.parametrize("num_tokens", [1, 3, cpu.MAX_CODED_ROWS, cpu.MAX_CODED_ROWS + 1])
+def test_few_rows_are_multiplied_by_codes(dtype, num_codes, num_tokens) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in cpu.CODED_CPUS:
+        pytest.skip("torch has no vector instructions for codes here")
+    codes, weight_OD = random_codes(80, 160, num_codes)
+    packed = cpu.pack_linear(weight_OD.to(dtype), codes)
+    assert isinstance(packed, cpu.PackedWeight) and packed.coded is not None
+    x_TD, bias_O = torch.randn(num_tokens, 160).to(dtype), torch.randn(80).to(dtype)
+    expected = reference.linear(x_TD.double(), weight_OD, bias_O.double())
+    got = cpu.linear(x_TD, packed, bias_O)
+    assert got.dtype == dtype
+    is_coded = num_tokens <= cpu.MAX_CODED_ROWS
+    bound = TOLERANCE[torch.bfloat16 if is_coded else dtype] * float(expected.abs().max())
+    assert bool(((got.double() - expected).abs() <= bound).all())
+    # The wide weight, zeroed, shows which of the two was read.
+    blank = cpu.pack_linear(torch.zeros(80, 160, dtype=dtype), codes)
+    assert torch.equal(cpu.linear(x_TD, blank, bias_O), got) == is_coded
+
+
+def test_codes_that_torch_cannot_take_fast_are_left(monkeypatch) -> None:
+    codes, weight_OD = random_codes(72, 64, 64)
+    assert cpu.pack_linear(weight_OD.float(), codes).coded is None  # 72 is no multiple of 16
+    codes, weight_OD = random_codes(80, 64, 64)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert cpu.pack_linear(weight_OD.float(), codes).coded is None
 
 
 def test_other_dtypes_and_devices_are_not_packed() -> None:
