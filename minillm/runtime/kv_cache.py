@@ -6,10 +6,12 @@ descriptor serves every layer, one copy moves a block in all of them. Block 0 be
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +30,13 @@ CONTROL_GROUPS = (  # limit, use, statistics: version 2, then 1
 def make_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An empty cache. Zeros: no garbage NaN can leak through a masked position."""
+    """An empty cache. Zeros: no garbage NaN can leak through a masked position.
+
+    On a CPU they come from the system's own zero pages: memory that no token has reached is not taken yet.
+    """
     shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_size)
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

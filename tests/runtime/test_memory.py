@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from minillm.config import Configs, EngineConfig
 from minillm.errors import ConfigError, MemoryFitError
-from minillm.runtime.kv_cache import MemoryBudget, control_group_limit
+from minillm.runtime.kv_cache import MemoryBudget, control_group_limit, make_kv_cache
 from minillm.runtime.startup import choose_num_blocks, choose_sizes
 
 CPU = torch.device("cpu")
@@ -86,3 +87,19 @@ def test_a_container_counts_file_pages_as_free(tmp_path: Path, names: tuple[str,
     assert control_group_limit(tmp_path) == 400
     (tmp_path / names[0]).write_text("max\n")
     assert control_group_limit(tmp_path) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_empty_cache_takes_no_memory_yet(dtype: torch.dtype) -> None:
+    before = resident_bytes()
+    cache = make_kv_cache(Configs.SMOLLM2_135M, 2000, 16, dtype, CPU)
+    assert cache.shape == (30, 2, 2000, 3, 16, 64)
+    assert cache.dtype == dtype
+    assert not cache[5, 1, 1999].any()
+    assert resident_bytes() - before < cache.nbytes / 10
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
