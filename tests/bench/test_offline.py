@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,3 +124,39 @@ def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> N
     engine = engines.TransformersEngine(job)
     assert engine.run(job.workload) == 17
     engine.close()
+
+
+def test_vllm_gets_the_same_token_ids_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in that notes what it is asked: vLLM itself is not among what the tests install."""
+    asked: dict[str, object] = {}
+
+    class StandIn:
+        def __init__(self, **options: object) -> None:
+            asked.update(options)
+            asked["config"] = json.loads((Path(str(options["model"])) / "config.json").read_text())
+
+        def generate(
+            self, prompts: list[dict[str, list[int]]], params: list[dict[str, object]], use_tqdm: bool
+        ) -> object:
+            asked["prompts"], asked["params"] = prompts, params
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1] * each["max_tokens"])]) for each in params]
+
+    stand_in = SimpleNamespace(__version__="0", LLM=StandIn, SamplingParams=dict)
+    monkeypatch.setattr(engines, "optional_import", lambda name: stand_in)
+    model = "random:tiny-qwen3"
+    workload = Workload("nano", [[5, 6, 7], [8] * 20], [5, 9], 0.6)
+    job = engines.Job(
+        model=model,
+        files=resolve(model),
+        model_config=Configs.TINY_QWEN3,
+        engine_config=EngineConfig(enable_prefix_caching=False),
+        workload=workload,
+        device=torch.device("cpu"),
+    )
+    assert engines.VLLMEngine(job).run(workload) == 14
+    assert asked["prompts"] == [{"prompt_token_ids": prompt} for prompt in workload.prompts]
+    each = {"temperature": 0.6, "ignore_eos": True, "detokenize": False}
+    assert asked["params"] == [{"max_tokens": 5, **each}, {"max_tokens": 9, **each}]
+    assert asked["load_format"] == "dummy"
+    assert asked["enable_prefix_caching"] is False
+    assert asked["config"] == hub_config(Configs.TINY_QWEN3)
