@@ -33,8 +33,8 @@ class EngineConfig:
     """How to run a model. None means: chosen from the device and the model when the engine starts."""
 
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto is bfloat16 on a GPU and the measured best on a CPU: float32, with steps of few
-    rows on the 4-bit codes of a GGUF file as they are. Only float32 gives the same tokens in any batch."""
+    """float32, bfloat16 or float16; auto is bfloat16 on a GPU and the measured best on a CPU: float32, with steps of
+    few rows on the 4-bit codes of a GGUF file as they are. Only float32 gives the same tokens in any batch."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     max_model_len: int | None = None
