@@ -5,6 +5,7 @@ It knows where models come from, not how they run.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,11 +73,11 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Progress | No
         path = pull(name, cache_dir=cache_dir, progress=progress, verify=False)
         return ModelFiles(name=name, kind="gguf", path=path)
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    if name and path.is_dir():
+    if name and os.path.isdir(path):  # False, as Path.is_dir is not, for a name that no system takes
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json; give a Hugging Face model folder or a .gguf file")
         return ModelFiles(name=name, kind="folder", path=path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; give that, or the folder that holds config.json")
         return ModelFiles(name=name, kind="gguf", path=path)

@@ -145,6 +145,8 @@ def test_unknown_model() -> None:
         LLM("no-such-model")
     with pytest.raises(ModelNotFoundError, match="tiny-llama"):
         LLM("random:no-such-shape")
+    with pytest.raises(ModelNotFoundError, match="smollm2"):
+        LLM("x" * 400)
 
 
 def test_one_failing_row_fails_alone() -> None:
