@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,16 +91,29 @@ def test_a_container_counts_file_pages_as_free(tmp_path: Path, names: tuple[str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_empty_cache_takes_no_memory_yet(dtype: torch.dtype) -> None:
-    before = resident_bytes()
-    cache = make_kv_cache(Configs.SMOLLM2_135M, 2000, 16, dtype, CPU)
-    assert cache.shape == (30, 2, 2000, 3, 16, 64)
+def test_an_empty_cache_is_zeros(dtype: torch.dtype) -> None:
+    cache = make_kv_cache(Configs.TINY_LLAMA, 5, 16, dtype, CPU)
+    assert cache.shape == (2, 2, 5, 2, 16, 16)
     assert cache.dtype == dtype
-    assert not cache[5, 1, 1999].any()
-    assert resident_bytes() - before < cache.nbytes / 10
+    assert not cache.any()
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+GROWTH = """
+import os, torch
+from minillm.config import Configs
+from minillm.runtime.kv_cache import make_kv_cache
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+before = resident()
+cache = make_kv_cache(Configs.SMOLLM2_135M, 2000, 16, torch.bfloat16, torch.device("cpu"))
+empty = resident() - before
+cache.fill_(1)
+print(empty / cache.nbytes, (resident() - before) / cache.nbytes)
+"""
+
+
+def test_an_empty_cache_takes_no_memory_yet() -> None:
+    """In a process of its own, where nothing else comes and goes."""
+    out = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True).stdout
+    empty, full = map(float, out.split())
+    assert empty < 0.1
+    assert full > 0.9
