@@ -153,7 +153,7 @@ class Engine:
             raise EngineError(f"a step failed, and all requests with it: {failure}") from failure
         self._in_flight = done.in_flight
         now = self.clock()
-        changed = [self._live[r.number] for r in done.changed if r.number in self._live]
+        changed = [self._live[request.number] for request in done.changed]
         for generation in changed:
             self._note(generation, now)
         self._count(done)
@@ -161,7 +161,7 @@ class Engine:
 
     def drain(self) -> None:
         """Wait for the step in flight if no request is left to wait for it."""
-        while self._in_flight is not None and not self._live and self._failure is None:
+        while self._in_flight is not None and not self._live:  # a step that fails leaves none in flight
             self.step()
 
     def close(self) -> None:

@@ -40,7 +40,6 @@ class Advance(NamedTuple):
     """What one turn of a loop did."""
 
     planned: StepPlan | None
-    answered: StepPlan | None
     result: StepResult | None
     changed: list[Request]
     in_flight: InFlight | None
@@ -50,9 +49,9 @@ def plain_step(scheduler: Scheduler, runner: StepRunner, clock: Callable[[], flo
     """Plan a step, run it, apply its result."""
     plan = scheduler.schedule(clock())
     if plan is None:
-        return Advance(None, None, None, [], None)
+        return Advance(None, None, [], None)
     result = runner.submit(plan).wait()
-    return Advance(plan, plan, result, scheduler.update(plan, result), None)
+    return Advance(plan, result, scheduler.update(plan, result), None)
 
 
 def overlapped_step(
@@ -62,6 +61,6 @@ def overlapped_step(
     plan = scheduler.schedule(clock())
     behind = None if plan is None else InFlight(plan, runner.submit(plan))
     if in_flight is None:
-        return Advance(plan, None, None, [], behind)
+        return Advance(plan, None, [], behind)
     result = in_flight.pending.wait()
-    return Advance(plan, in_flight.plan, result, scheduler.update(in_flight.plan, result), behind)
+    return Advance(plan, result, scheduler.update(in_flight.plan, result), behind)

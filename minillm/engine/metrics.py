@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class Metrics:
-    """Totals since the engine started, and figures of its last step."""
+    """Totals since the engine started, and figures of the moment in which they are read."""
 
     num_requests: int = 0
     num_finished: int = 0
