@@ -140,6 +140,10 @@ class Timings:
     num_chunks: int = 0
     """Steps that computed a part of the prompt."""
     num_preemptions: int = 0
+    num_steps: int = 0
+    """Steps from the one that first seated it to its last."""
+    num_tokens_beside: int = 0
+    """Tokens that those steps computed for other requests (and, after a preemption, for it a second time)."""
 
     @property
     def ttft(self) -> float | None:

@@ -9,23 +9,26 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from minillm.core.plan import RowParams
+from minillm.core.plan import RowParams, StepPlan
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
+from minillm.engine.info import EngineInfo
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
 from minillm.engine.metrics import Metrics
-from minillm.errors import EngineError, RequestError
-from minillm.types import MAX_SEED, MIN_TEMPERATURE, FinishReason, SamplingParams, Timings, as_int, shown
+from minillm.errors import EngineError
+from minillm.types import MAX_SEED, MIN_TEMPERATURE, FinishReason, SamplingParams, Timings
 
 
 class Generation:
     """A request as the engine's callers see it: its tokens so far, its end, its times."""
 
-    __slots__ = ("_num_taken", "params", "request", "timings")
+    __slots__ = ("_num_taken", "before", "params", "request", "timings")
 
     def __init__(self, request: Request, params: SamplingParams) -> None:
         self.request, self.params = request, params
         self.timings = Timings(arrival=request.arrival, num_prompt_tokens=request.num_prompt)
+        self.before: tuple[int, int] | None = None
+        """Steps, and tokens computed in them, before the one that first seated it."""
         self._num_taken = request.num_prompt
 
     @property
@@ -39,8 +42,11 @@ class Generation:
         self._num_taken += len(tokens)
         return tokens
 
-    def note(self, now: float) -> None:
-        """Copy times and counts from the request; `now` is when its new tokens arrived."""
+    def note(self, now: float, num_steps: int, num_computed: int) -> None:
+        """Copy times and counts from the request; `now` is when its new tokens arrived.
+
+        `num_steps` steps were applied so far and computed `num_computed` tokens, those of other requests included.
+        """
         request, timings = self.request, self.timings
         num_new = len(request.tokens) - request.num_prompt - len(timings.token_times)
         timings.token_times.extend([now] * num_new)
@@ -48,6 +54,10 @@ class Generation:
         timings.num_cached_tokens = request.num_cached_tokens
         timings.num_chunks = request.num_chunks
         timings.num_preemptions = request.num_preemptions
+        if self.before is not None:
+            timings.num_steps = num_steps - self.before[0]
+            num_own = request.num_prompt - request.num_cached_tokens + max(0, request.num_output - 1)
+            timings.num_tokens_beside = max(0, num_computed - self.before[1] - num_own)
         if request.finish_reason is not None:
             timings.finished = now
 
@@ -67,13 +77,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
-        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
         self._live: dict[int, Generation] = {}
         self._seeds = random.Random(seed)
         self._num_added = 0
+        self._num_applied = self._num_computed = 0  # steps, and tokens in them
         self._failure: BaseException | None = None
         self._is_closed = False
 
@@ -92,22 +103,20 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if this request can never be served; change nothing."""
-        for at, token in enumerate(prompt):
-            number = as_int(token)
-            if number is None or not 0 <= number < self.vocab_size:
-                raise RequestError(
-                    f"prompt token {at} is {shown(token)}; token ids are integers from 0 to {self.vocab_size - 1}"
-                )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise RequestError(f"stop_token_ids has {token}; the last token id is {self.vocab_size - 1}")
-        reason = self.scheduler.check(len(prompt), params.max_tokens)
-        if reason is not None:
-            raise RequestError(reason)
+        self.info.check(prompt, params)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Generation:
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        arrival: float | None = None,
+        salt: bytes = b"",
+    ) -> Generation:
         """Queue a request; a lower `priority` is served first.
 
+        `arrival`: when it came, now if None. `salt`: cached prefixes are shared only under an equal one.
         Raises RequestError, or EngineError once a step has failed or the engine was closed.
         """
         if self._is_closed:
@@ -117,18 +126,16 @@ class Engine:
         self.check(prompt, params)
         self._num_added += 1
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
-        stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_token_ids |= frozenset(self.eos_token_ids)
         temperature = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
         request = Request(
             self._num_added,
             prompt,
             max_tokens=params.max_tokens,
             params=RowParams(temperature, max(0, params.top_k), params.top_p, params.min_p, seed),
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=self.info.stop_token_ids(params),
             priority=priority,
-            arrival=self.clock(),
+            arrival=self.clock() if arrival is None else arrival,
+            salt=salt,
         )
         self.scheduler.add(request)
         generation = Generation(request, params)
@@ -146,12 +153,15 @@ class Engine:
 
         Raises EngineError, with every request ended as `error`, if the step fails.
         """
+        before = self._in_flight
         try:
             done = self._advance(self.scheduler, self.runner, self.clock, self._in_flight)
         except Exception as failure:
             self._fail(failure)
             raise EngineError(f"a step failed, and all requests with it: {failure}") from failure
         self._in_flight = done.in_flight
+        if done.result is not None:
+            self._count_applied(done.planned if before is None else before.plan)
         now = self.clock()
         changed = [self._live[request.number] for request in done.changed]
         for generation in changed:
@@ -171,8 +181,17 @@ class Engine:
         self.drain()
         self._is_closed = True
 
+    def _count_applied(self, plan: StepPlan | None) -> None:
+        assert plan is not None
+        for seat in plan.seats:
+            generation = self._live.get(seat.request)
+            if generation is not None and generation.before is None:
+                generation.before = self._num_applied, self._num_computed
+        self._num_applied += 1
+        self._num_computed += plan.num_batched_tokens
+
     def _note(self, generation: Generation, now: float) -> None:
-        generation.note(now)
+        generation.note(now, self._num_applied, self._num_computed)
         if generation.finish_reason is not None:
             del self._live[generation.request.number]
             metrics, timings = self._metrics, generation.timings

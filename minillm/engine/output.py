@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
+
 from minillm.engine.engine import Engine, Generation
 from minillm.text.detokenizer import Detokenizer
 from minillm.text.stop import StopMatcher
 from minillm.text.tokenizer import Tokenizer
 from minillm.types import CompletionOutput, FinishReason, RequestOutput
+
+
+class TextReader:
+    """One completion's text, token by token: what is certain, up to a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str], stop_token_ids: Set[int]
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._matcher = StopMatcher(stop_strings)
+        self._stop_token_ids = stop_token_ids
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether the text has ended at a stop string."""
+        return self._matcher.is_matched
+
+    def feed(self, token: int) -> str:
+        """Text that is certain once this token is known; an end token is billed and reported, but is no text."""
+        return "" if token in self._stop_token_ids else self._matcher.feed(self._detokenizer.feed(token))
+
+    def finish(self) -> str:
+        """What was held back, at the end of the tokens."""
+        return self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish()
 
 
 class TextStream:
@@ -15,8 +41,8 @@ class TextStream:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, generation: Generation, prompt: list[int]) -> None:
         self.generation = generation
         self._engine, self._prompt = engine, prompt
-        self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._matcher = StopMatcher(generation.params.stop_strings)
+        stop_token_ids = generation.request.stop_token_ids
+        self._reader = TextReader(tokenizer, prompt, generation.params.stop_strings, stop_token_ids)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
         self._num_taken = 0, 0
@@ -25,7 +51,7 @@ class TextStream:
     def finish_reason(self) -> FinishReason | None:
         """Why the request ended, or None; a stop string counts even if its last token was the last one allowed."""
         reason = self.generation.finish_reason
-        return FinishReason.STOP if reason is FinishReason.LENGTH and self._matcher.is_matched else reason
+        return FinishReason.STOP if reason is FinishReason.LENGTH and self._reader.is_matched else reason
 
     @property
     def is_done(self) -> bool:
@@ -35,12 +61,13 @@ class TextStream:
     def advance(self) -> None:
         """Take the new tokens, and end the request if they complete a stop string."""
         for token in self.generation.take_new_tokens():
-            if not self._matcher.is_matched:
-                self._pieces.append(self._read(token))
-        if self._matcher.is_matched:
+            if not self._reader.is_matched:
+                self.token_ids.append(token)
+                self._pieces.append(self._reader.feed(token))
+        if self._reader.is_matched:
             self._engine.finish(self.generation, FinishReason.STOP)
         elif self.is_done:
-            self._pieces.append(self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish())
+            self._pieces.append(self._reader.finish())
 
     def take(self) -> tuple[str, list[int]]:
         """Text that is certain and tokens that came, since the last call."""
@@ -61,9 +88,3 @@ class TextStream:
             timings=self.generation.timings,
             completions=[completion],
         )
-
-    def _read(self, token: int) -> str:
-        self.token_ids.append(token)
-        if self.generation.request.is_stop_token(token):
-            return ""  # an end token is billed and reported, but is no text
-        return self._matcher.feed(self._detokenizer.feed(token))

@@ -157,3 +157,11 @@ def test_after_close_it_says_so() -> None:
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="model must be"):
         LLM(model)
+
+
+def test_timings_count_the_steps_of_a_request_and_the_tokens_beside_it(llm: LLM) -> None:
+    alone = llm.generate([[5, 6, 7]], GREEDY)[0].timings
+    assert (alone.num_steps, alone.num_tokens_beside) == (GREEDY.max_tokens, 0)
+    both = [out.timings for out in llm.generate([[15, 16, 17], [18, 19, 20, 21]], GREEDY)]
+    assert [t.num_steps for t in both] == [GREEDY.max_tokens] * 2
+    assert [t.num_tokens_beside for t in both] == [4 + GREEDY.max_tokens - 1, 3 + GREEDY.max_tokens - 1]
