@@ -25,6 +25,10 @@ O output features, E entries of a rotary table = positions.
         Rows of one token are all among the first `num_decodes`, of which those with none or several are no decodes;
         `max_query_len` and `max_context_len` are bounds.
         `kv_2BKPH` is one layer of the cache: [keys or values, block, kv head, slot, head size].
+    prepare_step(*, cos_sin_EH, positions_T, slots_T, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1,
+                 context_lens_R, num_decodes, max_context_len) -> prepared
+        only where a set has it: what all layers of a step share. Its `rotary_and_store` and `attention` then take
+        `prepared`, which must come from the same arguments.
     sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
         -> tokens_L (int32), is_finite_L (bool)
         greedy where temperature is 0; else Gumbel-max with noise keyed by (seed, position, token id).

@@ -6,7 +6,8 @@ M blocks a seat can hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -40,3 +41,5 @@ class ForwardBatch:
     """Upper bound of query tokens per row, known on the host."""
     max_context_len: int
     """Upper bound of `context_lens_R`, known on the host."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What the kernel set computed once for all layers, as arguments of its kernels; see `prepare_step`."""

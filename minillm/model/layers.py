@@ -51,6 +51,7 @@ class Attention(nn.Module):
             eps=self.eps,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            **batch.shared,
         )
         o_TNH = self.ops.attention(
             q_TNH,
@@ -63,6 +64,7 @@ class Attention(nn.Module):
             num_decodes=batch.num_decodes,
             max_query_len=batch.max_query_len,
             max_context_len=batch.max_context_len,
+            **batch.shared,
         )
         y_TD: Tensor = self.out(o_TNH.flatten(1))
         return y_TD

@@ -7,6 +7,7 @@ Shapes: T tokens, L rows of logits, D hidden size, V vocabulary, E positions, H 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -64,10 +65,29 @@ class Transformer(nn.Module):
         """All layers: x_TD, still to be added to residual_TD. Writes the tokens' keys and values."""
         residual_TD = self.embedding(batch.input_ids_T)
         x_TD = None
+        batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
         return x_TD, residual_TD
+
+    def _with_shared(self, batch: ForwardBatch, kv_2BKPH: Tensor) -> ForwardBatch:
+        """The batch with what its layers share, if the kernel set computes such once per step."""
+        if not hasattr(self.ops, "prepare_step"):
+            return batch
+        prepared = self.ops.prepare_step(
+            cos_sin_EH=self.cos_sin_EH,
+            positions_T=batch.positions_T,
+            slots_T=batch.slots_T,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=batch.block_tables_SM,
+            rows_R=batch.rows_R,
+            query_starts_R1=batch.query_starts_R1,
+            context_lens_R=batch.context_lens_R,
+            num_decodes=batch.num_decodes,
+            max_context_len=batch.max_context_len,
+        )
+        return replace(batch, shared={"prepared": prepared})
 
     def logits(self, x_LD: Tensor, residual_LD: Tensor) -> Tensor:
         """Logits [L, V] of rows of what `run_layers` gave; changes `residual_LD`."""

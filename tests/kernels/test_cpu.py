@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.kernels import cpu, reference
+from minillm.kernels import cpu, cpu_linear, reference
 from minillm.model.stored import FourBit
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def check_close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 2, 17, cpu.UPCAST_ROWS - 1, cpu.UPCAST_ROWS, 600])
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, cpu_linear.UPCAST_ROWS - 1, cpu_linear.UPCAST_ROWS, 600])
 def test_linear_equals_the_oracle_packed_or_not(dtype, has_bias, num_tokens) -> None:
     weight_OD = torch.randn(72, 40).to(dtype)
     bias_O = torch.randn(72).to(dtype) if has_bias else None
@@ -58,9 +58,9 @@ def random_codes(num_outputs: int, num_inputs: int, num_codes: int) -> tuple[Fou
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_codes", [160, 320])
-@pytest.mark.parametrize("num_tokens", [1, 3, cpu.MAX_CODED_ROWS, cpu.MAX_CODED_ROWS + 1])
+@pytest.mark.parametrize("num_tokens", [1, 3, cpu_linear.MAX_CODED_ROWS, cpu_linear.MAX_CODED_ROWS + 1])
 def test_few_rows_are_multiplied_by_codes(dtype, num_codes, num_tokens) -> None:
-    if torch.backends.cpu.get_cpu_capability() not in cpu.CODED_CPUS:
+    if torch.backends.cpu.get_cpu_capability() not in cpu_linear.CODED_CPUS:
         pytest.skip("torch has no vector instructions for codes here")
     codes, weight_OD = random_codes(80, 160, num_codes)
     packed = cpu.pack_linear(weight_OD.to(dtype), codes)
@@ -69,7 +69,7 @@ def test_few_rows_are_multiplied_by_codes(dtype, num_codes, num_tokens) -> None:
     expected = reference.linear(x_TD.double(), weight_OD, bias_O.double())
     got = cpu.linear(x_TD, packed, bias_O)
     assert got.dtype == dtype
-    is_coded = num_tokens <= cpu.MAX_CODED_ROWS
+    is_coded = num_tokens <= cpu_linear.MAX_CODED_ROWS
     bound = TOLERANCE[torch.bfloat16 if is_coded else dtype] * float(expected.abs().max())
     assert bool(((got.double() - expected).abs() <= bound).all())
     # The wide weight, zeroed, shows which of the two was read.
@@ -191,6 +191,27 @@ def test_long_chunks_are_tiled(make_batch, monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     check_close(cpu.attention(q_TNH, **inputs), expected)
     assert len(shapes) == 4 + 4 and max(shapes) <= 170 * 16
+
+
+def test_what_is_computed_once_per_step_changes_nothing(make_batch) -> None:
+    q_TNH, inputs = make_batch(MIXED, num_heads=9, num_kv_heads=3, dtype=torch.float32, device=CPU)
+    num_tokens, kv_2BKPH = q_TNH.shape[0], inputs["kv_2BKPH"]
+    places = {
+        "cos_sin_EH": torch.randn(64, 64),
+        "positions_T": torch.randint(64, (num_tokens,), dtype=torch.int32),
+        "slots_T": torch.randperm(kv_2BKPH.shape[1] * kv_2BKPH.shape[3])[:num_tokens],
+    }
+    steers = ("block_tables_SM", "rows_R", "query_starts_R1", "context_lens_R", "num_decodes", "max_context_len")
+    prepared = cpu.prepare_step(**places, kv_2BKPH=kv_2BKPH, **{name: inputs[name] for name in steers})
+    heads = {"q_norm_H": None, "k_norm_H": None, "eps": 1e-5, "num_heads": 9, "num_kv_heads": 3}
+    qkv_TC = torch.randn(num_tokens, 15 * 64)
+    stores = []
+    for kept in (None, prepared):
+        kv = kv_2BKPH.clone()
+        rotated = cpu.rotary_and_store(qkv_TC, **places, kv_2BKPH=kv, **heads, prepared=kept)
+        stores.append((rotated, kv, cpu.attention(q_TNH, **{**inputs, "kv_2BKPH": kv}, prepared=kept)))
+    for alone, shared in zip(*stores, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=0, atol=0, equal_nan=True)  # slots of no row are NaN
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
