@@ -71,7 +71,8 @@ class LLM:
         streams: list[TextStream] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
-            streams.extend(self._start(ids, p, priority) for ids, p in zip(encoded, each, strict=True))
+            for ids, each_params in zip(encoded, each, strict=True):
+                streams.append(self._start(ids, each_params, priority, is_streamed=False))
             with Progress(*columns, disable=not progress) as bar:
                 task = bar.add_task("generating", total=len(streams))
                 waiting = streams
@@ -132,8 +133,8 @@ class LLM:
             raise error if index is None else RequestError(f"prompt {index}: {error}") from error
         return ids
 
-    def _start(self, ids: list[int], params: SamplingParams, priority: int) -> TextStream:
-        generation = self.engine.add(ids, params, priority)
+    def _start(self, ids: list[int], params: SamplingParams, priority: int, *, is_streamed: bool) -> TextStream:
+        generation = self.engine.add(ids, params, priority, is_streamed=is_streamed)
         stream = TextStream(self.engine, self.tokenizer, generation, ids)
         self._streams[generation.request.number] = stream
         return stream
@@ -155,7 +156,7 @@ class LLM:
             self.engine.drain()
 
     def _chunks(self, ids: list[int], params: SamplingParams, priority: int) -> Iterator[StreamChunk]:
-        stream = self._start(ids, params, priority)
+        stream = self._start(ids, params, priority, is_streamed=True)
         try:
             is_done = False
             while not is_done:

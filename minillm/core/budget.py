@@ -1,9 +1,11 @@
 """How many tokens a step may compute, and how much of a prompt is worth a place in it. It knows no requests or blocks.
 
-The hard cap bounds activation memory. While rows decode, a soft cap bounds how long they wait, in equivalent tokens: a
-chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at which a token's attention
-costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). The first
-chunk of a step may pass the soft cap, so that however long its context, the prompt whose turn it is gets on.
+The hard cap bounds activation memory. While rows decode and somebody reads their tokens as they come, a soft cap bounds
+how long they wait; without readers a long step costs nobody anything, and is cheaper than several short ones. The soft
+cap is in equivalent tokens: a chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at
+which a token's attention costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI
+2024, section 4). The first chunk of a step may pass the soft cap, so that however long its context, the prompt whose
+turn it is gets on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class SchedulerLimits:
     block_size: int
     """Tokens per block."""
     soft_cap: int | None = None
-    """Equivalent tokens of a step in which rows decode, but for the least first chunk. None: the hard cap alone."""
+    """Equivalent tokens of a step in which rows with readers decode, but for the least first chunk. None: the hard cap
+    alone."""
     attention_equivalence: float = math.inf
     """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
     tile_steps: tuple[int, ...] = ()
@@ -117,10 +120,11 @@ class Budget:
 
     __slots__ = ("_is_soft", "_least_chunk", "_limits", "_num_due", "_soft_room", "_used")
 
-    def __init__(self, limits: SchedulerLimits, num_decode_tokens: int) -> None:
+    def __init__(self, limits: SchedulerLimits, num_decode_tokens: int, has_readers: bool = True) -> None:
         self._limits = limits
         self._used = num_decode_tokens
-        self._is_soft = num_decode_tokens > 0 and limits.soft_cap is not None and limits.enable_chunked_prefill
+        is_capped = limits.soft_cap is not None and limits.enable_chunked_prefill
+        self._is_soft = num_decode_tokens > 0 and has_readers and is_capped
         self._soft_room = float((limits.soft_cap or 0) - num_decode_tokens)
         self._least_chunk = limits.least_chunk
         self._num_due = self._least_chunk  # tokens due to the first chunk, whatever the soft cap has left

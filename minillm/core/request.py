@@ -44,6 +44,7 @@ class Request:
         "priority": "lower is served first, equal ones by arrival",
         "arrival": "when it came, in seconds",
         "salt": "bytes: prefixes are shared only under an equal salt",
+        "is_streamed": "somebody reads its tokens as they come, and wants short steps while it decodes",
         "is_stepwise": "its next plan depends on its last result (drafts, a grammar, a beam): it never runs ahead",
         # Where it stands.
         "drafts": "proposed tokens after the last one read; dropped if that is still unknown",
@@ -83,6 +84,7 @@ class Request:
         arrival: float = 0.0,
         salt: bytes = b"",
         is_stepwise: bool = False,
+        is_streamed: bool = True,
     ) -> None:
         self.number = number
         self.tokens = array("i", prompt)
@@ -94,6 +96,7 @@ class Request:
         self.arrival = arrival
         self.salt = salt
         self.is_stepwise = is_stepwise
+        self.is_streamed = is_streamed
 
         self.drafts: list[int] = []
         self.num_unknown = 0

@@ -36,6 +36,7 @@ class Running:
         self._kv = kv
         self._free_rows = array("i", range(limits.max_num_seqs, 0, -1))
         self._freed = ints()
+        self._num_streamed = 0
 
     def __len__(self) -> int:
         return len(self.decodes) + len(self.prompts)
@@ -47,6 +48,11 @@ class Running:
     def num_free_rows(self) -> int:
         """Rows without a request."""
         return len(self._free_rows)
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether somebody reads a running request's tokens as they come."""
+        return self._num_streamed > 0
 
     @property
     def num_unused_slots(self) -> int:
@@ -65,6 +71,7 @@ class Running:
         request.parent = None
         request.first_step = plan.step
         request.row = self._free_rows.pop()
+        self._num_streamed += request.is_streamed
         plan.seats += (Seat(request.row, request.number, request.blocks[:], request.params),)
         insert(self.prompts, request)
 
@@ -75,6 +82,7 @@ class Running:
         self._kv.release(request)
         self._freed.append(request.row)
         self._free_rows.append(request.row)
+        self._num_streamed -= request.is_streamed
         request.unseat()
 
     def plan_decodes(self, plan: StepPlan) -> int:
@@ -169,6 +177,7 @@ class Running:
         rows = sorted([*self._free_rows, *(request.row for request in self)])
         assert rows == list(range(1, self._limits.max_num_seqs + 1)), "a row is lost or in two places"
         assert all(r.blocks and 0 <= r.num_computed <= r.num_planned for r in self)
+        assert self._num_streamed == sum(r.is_streamed for r in self), "a reader is lost or counted twice"
         assert not self.preempted, "a preempted request is not queued"
         for requests in (self.decodes, self.prompts):
             assert all(a.rank < b.rank for a, b in zip(requests, requests[1:], strict=False))

@@ -113,10 +113,12 @@ class Engine:
         *,
         arrival: float | None = None,
         salt: bytes = b"",
+        is_streamed: bool = True,
     ) -> Generation:
         """Queue a request; a lower `priority` is served first.
 
-        `arrival`: when it came, now if None. `salt`: cached prefixes are shared only under an equal one.
+        `arrival`: when it came, now if None. `salt`: cached prefixes are shared only under an equal one. `is_streamed`:
+        whether somebody reads its tokens as they come, and wants steps to be short.
         Raises RequestError, or EngineError once a step has failed or the engine was closed.
         """
         if self._is_closed:
@@ -136,6 +138,7 @@ class Engine:
             priority=priority,
             arrival=self.clock() if arrival is None else arrival,
             salt=salt,
+            is_streamed=is_streamed,
         )
         self.scheduler.add(request)
         generation = Generation(request, params)

@@ -71,6 +71,12 @@ def test_the_soft_cap_holds_only_while_rows_decode() -> None:
     assert not Budget(limits, 0).is_spent
 
 
+def test_the_soft_cap_is_for_readers() -> None:
+    limits = limits_of(max_num_batched_tokens=1024, soft_cap=256)
+    assert Budget(limits, 56, has_readers=False).chunk_size(0, 2000) == 667  # three equal parts of at most 968
+    assert not Budget(limits, 1000, has_readers=False).is_spent
+
+
 @pytest.mark.parametrize(("num_decodes", "start"), [(250, 0), (256, 0), (300, 0), (1000, 0), (1, 10**6)])
 def test_the_first_chunk_may_pass_the_soft_cap_and_no_other(num_decodes: int, start: int) -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=256, attention_equivalence=1000.0)

@@ -102,6 +102,17 @@ def test_drafts_made_before_the_last_token_was_known_are_dropped() -> None:
     assert entries(planned(scheduler)) == [(1, 4, 1)] and not request.drafts
 
 
+def test_a_long_prompt_waits_for_those_who_are_read_and_for_nobody_else() -> None:
+    scheduler = scheduler_of(soft_cap=32)
+    scheduler.add(request_of(1, 4, is_streamed=False))
+    scheduler.add(request_of(2, 4, is_streamed=True))
+    step(scheduler)
+    scheduler.add(request_of(3, 200, is_streamed=False))
+    assert entries(step(scheduler)) == [(1, 4, 1), (2, 4, 1), (3, 0, 29)]
+    scheduler.finish(2, FinishReason.ABORT)
+    assert entries(step(scheduler)) == [(1, 5, 1), (3, 29, 171)]
+
+
 def test_a_stop_token_ends_a_request_one_step_late() -> None:
     scheduler = scheduler_of()
     request = request_of(1, 4, stop_token_ids=frozenset({5}))

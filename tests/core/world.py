@@ -106,6 +106,7 @@ class World:
             priority=rng.choice((0, 0, 0, 1)),
             salt=salt,
             is_stepwise=self.num_drafts > 0 and rng.random() < 0.7,
+            is_streamed=len(self.requests) % 3 == 0,
         )
         self.requests[request.number] = request
         return request
@@ -214,7 +215,8 @@ class World:
         num_decode_tokens = sum(planned[number].count for number in fed)
         if len(fed) < len(kept):
             assert num_decode_tokens == self.limits.max_num_batched_tokens, "a running decode was left out"
-        self.check_soft_cap(num_decode_tokens, works[len(fed) :])
+        has_readers = any(request.is_streamed for request in kept + prompts if request.row)
+        self.check_soft_cap(num_decode_tokens if has_readers else 0, works[len(fed) :])
         self.check_progress([r for r in prompts if r.first_step == seats[r.number]], planned, num_decode_tokens)
         idle = [r.rank for r in prompts if r.row and r.number not in planned]
         assert all(self.requests[seat.request].rank < rank for seat in plan.seats for rank in idle), "seated past"
