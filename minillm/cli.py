@@ -334,6 +334,23 @@ def bench_kernels() -> None:
     kernels.run()
 
 
+@bench.command("profile")
+@with_fields(EngineConfig, "config", enable_prefix_caching=False)
+def bench_profile(
+    workload: Annotated[str, typer.Option(help="nano, bs1, bs64, prefill.")] = "nano",
+    model: ModelOption = "random:qwen3-0.6b",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a request: a profile of all is large.")] = 90,
+    picture: Annotated[Path | None, typer.Option(help="Draw a step into this .svg or .png (needs matplotlib).")] = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Where the time of a GPU's steps goes: kernels by kind, and gaps."""
+    from minillm.bench import gpu_profile
+
+    prepare(model)
+    gpu_profile.run(model=model, workload=workload, max_tokens=max_tokens, config=config, picture=picture)
+
+
 @bench.command("scheduler")
 def bench_scheduler() -> None:
     """Host time of one step's plan and update."""
