@@ -297,8 +297,11 @@ def bench_offline(
         list[str] | None, typer.Option(help="minillm (the default), transformers or vllm; give it again to compare.")
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="nano, bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill.")
-    ] = "nano",
+        list[str] | None,
+        typer.Option(
+            help="nano (the default), bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill. Several may be given."
+        ),
+    ] = None,
     model: ModelOption = "random:qwen3-0.6b",
     num_prompts: Annotated[int | None, typer.Option(help="Requests, in place of the workload's number.")] = None,
     input_len: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
@@ -316,7 +319,7 @@ def bench_offline(
     prepare(model)
     offline.run(
         engines=engine or ["minillm"],
-        workload=workload,
+        workloads=workload or ["nano"],
         model=model,
         config=config,
         num_prompts=num_prompts,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,8 +36,14 @@ class Job:
     files: ModelFiles
     model_config: ModelConfig
     engine_config: EngineConfig
-    workload: Workload
+    workloads: Sequence[Workload]
+    """All that the engine will be asked to run."""
     device: torch.device
+
+    @property
+    def max_model_len(self) -> int:
+        """What any of the workloads needs, or what was asked for."""
+        return self.engine_config.max_model_len or max(workload.max_len for workload in self.workloads)
 
 
 class BenchEngine(Protocol):
@@ -45,6 +51,9 @@ class BenchEngine(Protocol):
 
     dtype: torch.dtype
     version: str
+
+    def prepare(self, workload: Workload) -> None:
+        """Get ready for a workload, outside the time that is measured."""
 
     def run(self, workload: Workload) -> int:
         """Complete the workload; the number of tokens that came out."""
@@ -59,12 +68,14 @@ class OwnEngine:
     version = __version__
 
     def __init__(self, job: Job) -> None:
-        max_len = job.engine_config.max_model_len or job.workload.max_len
-        config = replace(job.engine_config, max_model_len=max_len)
+        config = replace(job.engine_config, max_model_len=job.max_model_len)
         self._llm = LLM(job.model, **asdict(config))
         runner = self._llm.engine.runner
         assert isinstance(runner, Runner)
         self.dtype = runner.kv_cache.dtype
+
+    def prepare(self, workload: Workload) -> None:
+        """Nothing: it was ready when it was made."""
 
     def run(self, workload: Workload) -> int:
         params = [
@@ -87,26 +98,34 @@ class TransformersEngine:
         transformers = optional_import("transformers")
         self.version: str = transformers.__version__
         self.dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
-        is_batching = job.device.type in self.batches_on
-        if not is_batching and not job.workload.is_equal_length:
-            raise ConfigError(
-                f"transformers on a CPU runs requests of equal length alone; {job.workload.name!r} has mixed ones. "
-                "Give --input-len and --output-len, or take a cpu- workload"
-            )
+        self._is_batching = job.device.type in self.batches_on
+        for workload in job.workloads:
+            if not self._is_batching and not workload.is_equal_length:
+                raise ConfigError(
+                    f"transformers on a CPU runs requests of equal length alone; {workload.name!r} has mixed ones. "
+                    "Give --input-len and --output-len, or take a cpu- workload"
+                )
+        self._transformers = transformers
         self._model = load_in_transformers(transformers, job, self.dtype)
-        self._generation_config = transformers.GenerationConfig(
-            do_sample=job.workload.temperature > 0,
-            temperature=job.workload.temperature or None,
-            max_new_tokens=max(job.workload.max_tokens),
+        self._stack = ExitStack()
+        self._manager: Any = None
+
+    def prepare(self, workload: Workload) -> None:
+        """Settings for its lengths and temperature; on a GPU its continuous batching is started."""
+        self._stack.close()
+        self._generation_config = self._transformers.GenerationConfig(
+            do_sample=workload.temperature > 0,
+            temperature=workload.temperature or None,
+            max_new_tokens=max(workload.max_tokens),
             eos_token_id=None,
             pad_token_id=0,
         )
         self._model.generation_config = self._generation_config  # its own would bring end tokens back
-        self._stack = ExitStack()
-        self._manager = self._start_batching(job.workload) if is_batching else None
+        if self._is_batching:
+            self._manager = self._start_batching(workload)
 
     def _start_batching(self, workload: Workload) -> Any:
-        """Start continuous batching as `generate_batch` does, but once, outside the time that is measured."""
+        """Start continuous batching as `generate_batch` does, but once for all runs."""
         batching = importlib.import_module("transformers.generation.continuous_batching.utils")
         hints = batching.WorkloadHints(
             max_prompt_length=max(map(len, workload.prompts)),
@@ -157,10 +176,13 @@ class VLLMEngine:
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 dtype="bfloat16",
-                max_model_len=job.engine_config.max_model_len or job.workload.max_len,
+                max_model_len=job.max_model_len,
                 enable_prefix_caching=job.engine_config.enable_prefix_caching,
                 gpu_memory_utilization=job.engine_config.gpu_memory_utilization,
             )
+
+    def prepare(self, workload: Workload) -> None:
+        """Nothing: it was ready when it was made."""
 
     def run(self, workload: Workload) -> int:
         params = [

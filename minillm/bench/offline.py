@@ -1,4 +1,4 @@
-"""`minillm bench offline`: one workload on one engine or several in one run, a table, and one JSON line at the end.
+"""`minillm bench offline`: workloads on one engine or several in one run; for each a table and a JSON line.
 
 Figures stand beside what the machine can do, measured in the same run: decode workloads give MBU (bytes that must be
 read over bytes that a copy moves in that time), prefill workloads MFU (FLOPs over those of a large matrix product).
@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +39,7 @@ class Measured:
     """Times of one engine's runs of a workload, seconds."""
 
     engine: str
+    workload: str
     version: str
     dtype: torch.dtype
     seconds: list[float]
@@ -52,15 +53,17 @@ class Measured:
 def run(
     *,
     engines: Sequence[str] = ("minillm",),
-    workload: str = "nano",
+    workloads: Sequence[str] = ("nano",),
     model: str = "random:qwen3-0.6b",
     config: EngineConfig | None = None,
     num_prompts: int | None = None,
     input_len: int | None = None,
     output_len: int | None = None,
     repeats: int | None = None,
-) -> dict[str, Any]:
-    """Run a workload on each engine; print a table, then a JSON line, which is also returned.
+) -> list[dict[str, Any]]:
+    """Run each workload on each engine; print a table and a JSON line for each, which are also returned.
+
+    An engine is loaded once for all workloads.
 
     Raises ConfigError for an unknown engine or workload, or one that an engine cannot run; else what loading raises.
     """
@@ -68,7 +71,7 @@ def run(
         if name not in ENGINES:
             raise ConfigError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
     config = config or EngineConfig(enable_prefix_caching=False)
-    shape = find_shape(workload, num_prompts, input_len, output_len)
+    shapes = {name: find_shape(name, num_prompts, input_len, output_len) for name in workloads}
     files = resolve(model)
     model_config = load_config(files)
     job = Job(
@@ -76,48 +79,60 @@ def run(
         files=files,
         model_config=model_config,
         engine_config=config,
-        workload=make_workload(workload, shape, model_config.vocab_size),
+        workloads=[make_workload(name, shape, model_config.vocab_size) for name, shape in shapes.items()],
         device=choose_device(config.device),
     )
-    num_runs = shape.repeats if repeats is None else max(1, repeats)
+    num_runs = {name: shape.repeats if repeats is None else max(1, repeats) for name, shape in shapes.items()}
     measured = list((taking_turns if job.device.type == "cpu" else one_after_another)(job, engines, num_runs))
     yardsticks = {m.dtype: measure_yardstick(job.device, m.dtype) for m in measured}
-    rows = [result_row(m, job.workload, model_config, yardsticks[m.dtype]) for m in measured]
-    for row, m in zip(rows, measured, strict=True):
-        row["speedup"] = round(measured[-1].figure / m.figure, 3)
-    line = {
-        "bench": "offline",
-        "model": model,
-        "workload": workload,
-        "num_prompts": len(job.workload.prompts),
-        "num_input_tokens": job.workload.num_input_tokens,
-        "num_output_tokens": job.workload.num_output_tokens,
-        "num_runs": num_runs,
-        "statistic": "best" if num_runs <= NUM_BEST_OF else "median",
-        "results": rows,
-        "machine": machine(job.device),
-        "yardstick": [yardstick.as_dict() for yardstick in yardsticks.values()],
-    }
-    Console().print(table_of(line))
-    print(json.dumps(line), flush=True)
-    return line
+    lines = []
+    for workload in job.workloads:
+        of_workload = [m for m in measured if m.workload == workload.name]
+        rows = [result_row(m, workload, model_config, yardsticks[m.dtype]) for m in of_workload]
+        for row, m in zip(rows, of_workload, strict=True):
+            row["speedup"] = round(of_workload[-1].figure / m.figure, 3)
+        line = {
+            "bench": "offline",
+            "model": model,
+            "workload": workload.name,
+            "num_prompts": len(workload.prompts),
+            "num_input_tokens": workload.num_input_tokens,
+            "num_output_tokens": workload.num_output_tokens,
+            "num_runs": num_runs[workload.name],
+            "statistic": "best" if num_runs[workload.name] <= NUM_BEST_OF else "median",
+            "results": rows,
+            "machine": machine(job.device),
+            "yardstick": [yardstick.as_dict() for yardstick in yardsticks.values()],
+        }
+        lines.append(line)
+        Console().print(table_of(line))
+        print(json.dumps(line), flush=True)
+    return lines
 
 
-def taking_turns(job: Job, engines: Sequence[str], num_runs: int) -> Iterator[Measured]:
+def taking_turns(job: Job, engines: Sequence[str], num_runs: Mapping[str, int]) -> Iterator[Measured]:
     """All engines loaded, one run of each in turn, so that a slow minute of the machine falls on all of them."""
     with ExitStack() as stack:
         loaded = []
         for name in engines:
             loaded.append(ENGINES[name](job))
             stack.callback(loaded[-1].close)
-        for engine in loaded:
-            engine.run(warm_up(job.workload))
-        seconds = [[timed(engine, job) for engine in loaded] for _ in range(num_runs)]
-        for name, engine, times in zip(engines, loaded, zip(*seconds, strict=True), strict=True):
-            yield Measured(engine=name, version=engine.version, dtype=engine.dtype, seconds=list(times))
+        for workload in job.workloads:
+            for engine in loaded:
+                engine.prepare(workload)
+                engine.run(warm_up(workload))
+            seconds = [[timed(engine, workload) for engine in loaded] for _ in range(num_runs[workload.name])]
+            for name, engine, times in zip(engines, loaded, zip(*seconds, strict=True), strict=True):
+                yield Measured(
+                    engine=name,
+                    workload=workload.name,
+                    version=engine.version,
+                    dtype=engine.dtype,
+                    seconds=list(times),
+                )
 
 
-def one_after_another(job: Job, engines: Sequence[str], num_runs: int) -> Iterator[Measured]:
+def one_after_another(job: Job, engines: Sequence[str], num_runs: Mapping[str, int]) -> Iterator[Measured]:
     """Each engine loaded, run and closed before the next."""
     for name in engines:
         yield from taking_turns(job, [name], num_runs)
@@ -130,13 +145,13 @@ def warm_up(workload: Workload) -> Workload:
     return Workload(workload.name, workload.prompts, [min(2, n) for n in workload.max_tokens], workload.temperature)
 
 
-def timed(engine: BenchEngine, job: Job) -> float:
+def timed(engine: BenchEngine, workload: Workload) -> float:
     """Seconds of one run. Raises EngineError if fewer tokens came out than were asked for."""
     start = time.perf_counter()
-    num_tokens = engine.run(job.workload)
+    num_tokens = engine.run(workload)
     seconds = time.perf_counter() - start
-    if num_tokens != job.workload.num_output_tokens:
-        raise EngineError(f"{num_tokens} tokens came out, {job.workload.num_output_tokens} were asked for")
+    if num_tokens != workload.num_output_tokens:
+        raise EngineError(f"{num_tokens} tokens came out, {workload.num_output_tokens} were asked for")
     return seconds
 
 

@@ -84,28 +84,32 @@ def test_unknown_engine_is_refused() -> None:
 def test_mixed_lengths_are_refused_by_transformers_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match="equal length"):
         offline.run(
-            engines=["transformers"], workload="nano", model="random:tiny-llama", config=EngineConfig(device="cpu")
+            engines=["transformers"], workloads=["nano"], model="random:tiny-llama", config=EngineConfig(device="cpu")
         )
 
 
-@pytest.mark.parametrize(("workload", "share"), [("bs64", "mbu"), ("prefill", "mfu")])
-def test_two_engines_in_one_run(workload: str, share: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = offline.run(
+@pytest.mark.parametrize(("output_len", "share"), [(4, "mbu"), (1, "mfu")])
+def test_two_engines_and_two_workloads_in_one_run(
+    output_len: int, share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = offline.run(
         engines=["minillm", "transformers"],
-        workload=workload,
+        workloads=["bs64", "bs1"],
         model="random:tiny-llama",
         config=EngineConfig(device="cpu", dtype="float32", num_kv_blocks=64),
         num_prompts=2,
         input_len=8,
-        output_len=1 if workload == "prefill" else 4,
+        output_len=output_len,
         repeats=3,
     )
     printed = capsys.readouterr().out
-    assert json.loads(printed.splitlines()[-1]) == line
-    assert [row["engine"] for row in line["results"]] == ["minillm", "transformers"]
-    for row in line["results"]:
-        assert sorted(row["runs"])[1] == row["seconds"] and row[share] > 0
-        assert f"│ {row['engine']} " in printed
+    assert [json.loads(text) for text in printed.splitlines() if text.startswith("{")] == lines
+    assert [line["workload"] for line in lines] == ["bs64", "bs1"]
+    for line in lines:
+        assert [row["engine"] for row in line["results"]] == ["minillm", "transformers"]
+        for row in line["results"]:
+            assert sorted(row["runs"])[1] == row["seconds"] and row[share] > 0
+            assert f"│ {row['engine']} " in printed
 
 
 def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +122,13 @@ def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> N
         files=files,
         model_config=load_config(files),
         engine_config=EngineConfig(),
-        workload=Workload("nano", [[5, 6, 7], [8] * 20, [3] * 9], [5, 9, 3], 0.0),
+        workloads=[Workload("nano", [[5, 6, 7], [8] * 20, [3] * 9], [5, 9, 3], 0.0)],
         device=torch.device("cpu"),
     )
     engine = engines.TransformersEngine(job)
-    assert engine.run(job.workload) == 17
+    for _ in range(2):  # a second workload starts it anew
+        engine.prepare(job.workloads[0])
+        assert engine.run(job.workloads[0]) == 17
     engine.close()
 
 
@@ -150,7 +156,7 @@ def test_vllm_gets_the_same_token_ids_and_limits(monkeypatch: pytest.MonkeyPatch
         files=resolve(model),
         model_config=Configs.TINY_QWEN3,
         engine_config=EngineConfig(enable_prefix_caching=False),
-        workload=workload,
+        workloads=[workload],
         device=torch.device("cpu"),
     )
     assert engines.VLLMEngine(job).run(workload) == 14
