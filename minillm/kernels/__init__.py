@@ -24,6 +24,7 @@ O output features, E entries of a rotary table = positions.
         causal, bottom-right aligned: query i of a row with n queries and context c sees keys 0 .. c - n + i.
         Rows of one token are all among the first `num_decodes`, of which those with none or several are no decodes;
         `max_query_len` and `max_context_len` are bounds.
+        `block_tokens` sets the tile of Flash Attention, in keys on a GPU and in queries on a CPU.
         `kv_2BKPH` is one layer of the cache: [keys or values, block, kv head, slot, head size].
     prepare_step(*, cos_sin_EH, positions_T, slots_T, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1,
                  context_lens_R, num_decodes, max_context_len) -> prepared

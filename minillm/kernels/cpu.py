@@ -34,6 +34,8 @@ __all__ = [
 MAX_GATHERED_BYTES = 1 << 20  # keys and values of the decode rows that are copied together
 MAX_MASK = 1 << 20  # entries of a causal mask: 4 MB in fp32
 MAX_QUERY_TILE = 128
+MAX_BLOCK_TOKENS = 512  # queries of a tile that a caller may ask for
+MAX_ROW_BYTES = 32 << 20  # keys and values of a row with several queries that are copied together
 MAX_NOISE = 16.7  # above every value of `gumbel_noise`
 FIRST_CANDIDATES = 256  # likeliest tokens looked at first for top_p or min_p alone
 
@@ -177,10 +179,12 @@ def attention(
     one_launch: bool = False,
     prepared: PreparedStep | None = None,
 ) -> Tensor:
-    """Causal attention over the paged cache, row by row -> o_TNH. `block_tokens` and `one_launch` change nothing here.
+    """Causal attention over the paged cache, row by row -> o_TNH. `one_launch` changes nothing here.
 
-    A row's result has the same bits whatever rows are beside it.
+    A row's result has the same bits whatever rows are beside it. `block_tokens` sets the queries of a tile of rows with
+    several (a power of two; None: measured default); ValueError if it is none or too large.
     """
+    check_block_tokens(block_tokens)
     if prepared is None:
         tables_RM = block_tables_SM[:, : -(-max_context_len // kv_2BKPH.shape[3])].index_select(0, rows_R)
         runs = make_runs(kv_2BKPH, tables_RM, query_starts_R1, context_lens_R, num_decodes)
@@ -188,20 +192,42 @@ def attention(
         runs = prepared.runs
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
     num_kv_heads, block_size, head_size = kv_2BKPH.shape[2:]
+    group = q_TNH.shape[1] // num_kv_heads
     pages_XY = kv_2BKPH.view(-1, block_size * head_size)
     for run in runs:
-        # One row's pages at a time, or few rows': copied together they are still in cache when they are read.
-        kv_g2KcH = pages_XY.index_select(0, run.pages_X).view(run.num_rows, 2, num_kv_heads, -1, head_size)
-        kv_g2KcH = kv_g2KcH[:, :, :, : run.context]
         q_XNH, out_XNH = q_TNH[run.first : run.last], out_TNH[run.first : run.last]
+        pages_g2KM = run.pages_X.view(run.num_rows, 2, num_kv_heads, -1)
         if run.last - run.first == run.num_rows:
+            kv_g2KcH = gather(pages_XY, pages_g2KM, run.context, head_size)
             # The queries of a key/value head's group are like queries of one head.
             q_gKnH = q_XNH.view(run.num_rows, num_kv_heads, -1, head_size)
             o_gKnH = F.scaled_dot_product_attention(q_gKnH, kv_g2KcH[:, 0], kv_g2KcH[:, 1], scale=scale)
             out_XNH.view(q_gKnH.shape).copy_(o_gKnH)
-        else:
-            attend_chunk(q_XNH, kv_g2KcH[0], scale, out_XNH)
+            continue
+        # A long context is copied some heads at a time: the memory of a chunk does not grow with it.
+        step = max(1, MAX_ROW_BYTES // (2 * run.context * head_size * kv_2BKPH.element_size()))
+        for first in range(0, num_kv_heads, step):
+            heads = slice(first * group, (first + step) * group)
+            copied = gather(pages_XY, pages_g2KM[:, :, first : first + step], run.context, head_size)
+            attend_chunk(q_XNH[:, heads], copied[0], scale, block_tokens, out_XNH[:, heads])
+            del copied  # before the next one is made
     return out_TNH
+
+
+def gather(pages_XY: Tensor, pages_g2KM: Tensor, context: int, head_size: int) -> Tensor:
+    """Copy rows' pages together, which are then still in cache when they are read -> kv_g2KcH, a view."""
+    kv_XY = pages_XY.index_select(0, pages_g2KM.reshape(-1))
+    return kv_XY.view(*pages_g2KM.shape[:3], -1, head_size)[:, :, :, :context]
+
+
+def check_block_tokens(block_tokens: int | None) -> None:
+    """Raise ValueError unless this can be the number of queries of a tile."""
+    if block_tokens is None:
+        return
+    if block_tokens < 16 or block_tokens & (block_tokens - 1):
+        raise ValueError(f"block_tokens must be a power of two of at least 16, not {block_tokens}")
+    if block_tokens > MAX_BLOCK_TOKENS:
+        raise ValueError(f"block_tokens={block_tokens} does not fit: the largest that does is {MAX_BLOCK_TOKENS}")
 
 
 def alike(contexts: list[int], bytes_per_token: int) -> Iterator[tuple[int, int]]:
@@ -216,7 +242,7 @@ def alike(contexts: list[int], bytes_per_token: int) -> Iterator[tuple[int, int]
         first = last
 
 
-def attend_chunk(q_nNH: Tensor, kv_2KcH: Tensor, scale: float, out_nNH: Tensor) -> None:
+def attend_chunk(q_nNH: Tensor, kv_2KcH: Tensor, scale: float, block_tokens: int | None, out_nNH: Tensor) -> None:
     """Attention of a row with several queries, tile by tile of them, into `out_nNH`.
 
     keys     0 ........... c - n ... c        tile [i, j) of the queries reads keys [0, c - n + j)
@@ -225,7 +251,7 @@ def attend_chunk(q_nNH: Tensor, kv_2KcH: Tensor, scale: float, out_nNH: Tensor) 
     num_queries, num_heads, head_size = q_nNH.shape
     _, num_kv_heads, context, _ = kv_2KcH.shape
     group = num_heads // num_kv_heads
-    tile = max(16, min(MAX_QUERY_TILE, MAX_MASK // context))
+    tile = block_tokens or max(16, min(MAX_QUERY_TILE, MAX_MASK // context))
     # One batch entry per key/value head; its queries' heads share keys and values without a copy.
     q_KGnH = q_nNH.view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
     out_KGnH = out_nNH.view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3)

@@ -6,6 +6,7 @@ M blocks a seat can hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,3 +44,5 @@ class ForwardBatch:
     """Upper bound of `context_lens_R`, known on the host."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What the kernel set computed once for all layers, as arguments of its kernels; see `prepare_step`."""
+    attention: Callable[..., Tensor] | None = None
+    """What attends in place of the kernel set's `attention`, with its arguments; None: that of the kernel set."""

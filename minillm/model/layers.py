@@ -53,7 +53,8 @@ class Attention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             **batch.shared,
         )
-        o_TNH = self.ops.attention(
+        attention = self.ops.attention if batch.attention is None else batch.attention
+        o_TNH = attention(
             q_TNH,
             kv_2BKPH=kv_2BKPH,
             block_tables_SM=batch.block_tables_SM,

@@ -214,6 +214,51 @@ def test_what_is_computed_once_per_step_changes_nothing(make_batch) -> None:
         torch.testing.assert_close(shared, alone, rtol=0, atol=0, equal_nan=True)  # slots of no row are NaN
 
 
+def watch_masks(monkeypatch) -> list[torch.Size]:
+    """Shapes of the masks of every attention call from now on."""
+    shapes: list[torch.Size] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **kwargs):
+        shapes.append(kwargs["attn_mask"].shape)
+        return attend(q, k, v, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64, 512])
+def test_block_tokens_sets_the_queries_of_a_tile(make_batch, monkeypatch, block_tokens) -> None:
+    q_TNH, inputs = make_batch([(600, 700)], dtype=torch.float32, device=CPU)
+    expected = cpu.attention(q_TNH, **inputs)
+    shapes = watch_masks(monkeypatch)
+    check_close(cpu.attention(q_TNH, **inputs, block_tokens=block_tokens), expected)
+    assert len(shapes) == -(-600 // block_tokens) and shapes[0][0] == block_tokens
+
+
+@pytest.mark.parametrize("block_tokens", [0, -16, 8, 48])
+def test_a_tile_is_a_power_of_two(make_batch, block_tokens) -> None:
+    q_TNH, inputs = make_batch([(1, 9)], device=CPU)
+    with pytest.raises(ValueError, match="power of two of at least 16"):
+        cpu.attention(q_TNH, **inputs, block_tokens=block_tokens)
+
+
+def test_a_tile_that_is_too_large_names_the_largest(make_batch) -> None:
+    q_TNH, inputs = make_batch([(1, 9)], device=CPU)
+    with pytest.raises(ValueError, match="block_tokens=1024 does not fit: the largest that does is 512"):
+        cpu.attention(q_TNH, **inputs, block_tokens=1024)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
+def test_a_long_context_is_copied_some_heads_at_a_time(make_batch, monkeypatch, num_kv_heads) -> None:
+    q_TNH, inputs = make_batch([(20, 170), (5, 33)], num_heads=8, num_kv_heads=num_kv_heads, device=CPU)
+    expected = cpu.attention(q_TNH, **inputs)
+    monkeypatch.setattr(cpu, "MAX_ROW_BYTES", 3 * 2 * 170 * 64 * 4)  # three heads of the long row
+    shapes = watch_masks(monkeypatch)
+    assert torch.equal(cpu.attention(q_TNH, **inputs), expected)
+    assert len(shapes) == -(-num_kv_heads // 3) + 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_alone_and_among_others(dtype, make_batch) -> None:
     q_TNH, inputs = make_batch(MIXED, num_heads=9, num_kv_heads=3, dtype=dtype, device=CPU)
