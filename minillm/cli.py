@@ -299,7 +299,7 @@ def bench_offline(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="nano (the default), bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill. Several may be given."
+            help="nano (the default), bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill. Repeat for more."
         ),
     ] = None,
     model: ModelOption = "random:qwen3-0.6b",

@@ -51,6 +51,8 @@ class BenchEngine(Protocol):
 
     dtype: torch.dtype
     version: str
+    reads_codes: bool
+    """Whether few rows are multiplied by a file's 4-bit codes: then it reads less than its dtype says."""
 
     def prepare(self, workload: Workload) -> None:
         """Get ready for a workload, outside the time that is measured."""
@@ -73,6 +75,8 @@ class OwnEngine:
         runner = self._llm.engine.runner
         assert isinstance(runner, Runner)
         self.dtype = runner.kv_cache.dtype
+        is_gguf = job.files.path is not None and job.files.path.suffix == ".gguf"
+        self.reads_codes = is_gguf and config.dtype == "auto" and job.device.type == "cpu"
 
     def prepare(self, workload: Workload) -> None:
         """Nothing: it was ready when it was made."""
@@ -93,6 +97,7 @@ class TransformersEngine:
     """transformers: `generate` on prompts of equal length on a CPU, its continuous batching on a GPU."""
 
     batches_on: ClassVar[tuple[str, ...]] = ("cuda",)
+    reads_codes = False
 
     def __init__(self, job: Job) -> None:
         transformers = optional_import("transformers")
@@ -161,6 +166,8 @@ class TransformersEngine:
 
 class VLLMEngine:
     """vLLM with random weights (its `dummy` load format), without detokenisation."""
+
+    reads_codes = False
 
     def __init__(self, job: Job) -> None:
         vllm = optional_import("vllm")

@@ -42,6 +42,7 @@ class Measured:
     workload: str
     version: str
     dtype: torch.dtype
+    reads_codes: bool
     seconds: list[float]
 
     @property
@@ -128,6 +129,7 @@ def taking_turns(job: Job, engines: Sequence[str], num_runs: Mapping[str, int]) 
                     workload=workload.name,
                     version=engine.version,
                     dtype=engine.dtype,
+                    reads_codes=engine.reads_codes,
                     seconds=list(times),
                 )
 
@@ -161,12 +163,14 @@ def result_row(measured: Measured, workload: Workload, model: ModelConfig, yards
     row = {
         "engine": measured.engine,
         "version": measured.version,
-        "dtype": str(measured.dtype).removeprefix("torch."),
+        "dtype": str(measured.dtype).removeprefix("torch.") + (" and 4-bit codes" if measured.reads_codes else ""),
         "seconds": round(seconds, 4),
         "runs": [round(s, 4) for s in measured.seconds],
         "output_tok_s": round(num_out / seconds, 1),
         "total_tok_s": round((num_out + workload.num_input_tokens) / seconds, 1),
     }
+    if measured.reads_codes:
+        return row
     if max(workload.max_tokens) > 1:
         share = workload.bytes_moved(model, measured.dtype.itemsize) / seconds / yardstick.copied
         return row | {"mbu": round(share, 4)}
@@ -194,7 +198,7 @@ def table_of(line: dict[str, Any]) -> Table:
         "seconds": lambda row: f"{row['seconds']:.3f}",
         "output tok/s": lambda row: f"{row['output_tok_s']:,.1f}",
         "total tok/s": lambda row: f"{row['total_tok_s']:,.1f}",
-        "of machine": lambda row: next(f"{row[k]:.1%} {k.upper()}" for k in ("mbu", "mfu") if k in row),
+        "of machine": lambda row: next((f"{row[k]:.1%} {k.upper()}" for k in ("mbu", "mfu") if k in row), "-"),
         "speed-up": lambda row: f"{row['speedup']:.2f}",
     }
     for name in columns:
