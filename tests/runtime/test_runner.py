@@ -34,5 +34,5 @@ def test_a_step_that_fails_says_so_to_the_one_who_waits(monkeypatch: pytest.Monk
         runner = llm.engine.runner
         monkeypatch.setattr(runner, "kv_cache", None)
         pending = runner.submit(plan)
-        with pytest.raises(AttributeError):
+        with pytest.raises(TypeError):
             pending.wait()
