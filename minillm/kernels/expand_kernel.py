@@ -39,8 +39,7 @@ def expand_in_triton(
     expand_kernel[(triton.cdiv(max(num_tokens, num_rows + 1), TILE),)](
         *inputs,
         *outputs,
-        *(num_rows, num_tokens, block_tables_SM.shape[1]),
-        SEARCH_STEPS=num_rows.bit_length(),
+        *(num_rows, num_tokens, block_tables_SM.shape[1], num_rows.bit_length()),
         BLOCK_SIZE=block_size,
         TILE=TILE,
         num_warps=4,
@@ -54,12 +53,13 @@ def expand_in_triton(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+# Sizes and the alignment of slices of a packed buffer change from step to step and must not recompile.
+@triton.jit(do_not_specialize=["columns_ptr", "tokens_ptr", "num_rows", "num_tokens", "max_blocks", "num_search_steps"])
 def expand_kernel(
     columns_ptr, tokens_ptr, block_tables_ptr, last_tokens_ptr,
     input_ids_ptr, positions_ptr, slots_ptr, query_starts_ptr, context_lens_ptr,
-    num_rows, num_tokens, max_blocks,
-    SEARCH_STEPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    num_rows, num_tokens, max_blocks, num_search_steps,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows, then a tile of tokens, each of which finds its row by bisection."""
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -76,7 +76,7 @@ def expand_kernel(
     # The last row that starts at or before the token: rows [low, high) are candidates, and low is always one.
     is_token = index < num_tokens
     low, high = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32) + num_rows
-    for _ in tl.static_range(SEARCH_STEPS):
+    for _ in range(num_search_steps):
         middle = (low + high) // 2
         is_before = tl.load(firsts_ptr + middle, mask=is_token & (middle < num_rows), other=0x7FFFFFFF) <= index
         low = tl.where(is_before, middle, low)
