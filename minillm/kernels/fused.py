@@ -19,6 +19,9 @@ from torch import Tensor
 
 __all__ = ["add_rms_norm", "rms_norm", "rotary_and_store", "silu_mul"]
 
+MAX_TILE_KV_HEADS = 8
+"""Key heads, with their queries and values, that a program rotates together: enough for loads of 16 bytes."""
+
 
 @triton.jit
 def norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, eps,
@@ -100,45 +103,51 @@ def norm_halves(first, second, weight_ptr, dims, mask, eps, HEAD_SIZE: tl.conste
 def rotary_kernel(
     qkv_ptr, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HALF: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
+    TILE_HEADS: tl.constexpr, TILE_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, key heads): a group's query heads, then its key and value."""
+    """Grid (tokens, tiles of key heads): their queries, keys and values, all asked for before any is used."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     HALF: tl.constexpr = HEAD_SIZE // 2
     dtype: tl.constexpr = q_out_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    first_kv_head = tl.program_id(1) * TILE_KV_HEADS
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+
     dims = tl.arange(0, PADDED_HALF)
     mask = dims < HALF
-    table_ptr = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_SIZE + dims
+    heads = first_kv_head * GROUP + tl.arange(0, TILE_HEADS)
+    kv_heads = first_kv_head + tl.arange(0, TILE_KV_HEADS)
+    is_own = (tl.arange(0, TILE_HEADS) < TILE_KV_HEADS * GROUP) & (heads < NUM_HEADS)
+    q_mask = is_own[:, None] & mask[None, :]
+    kv_mask = (kv_heads < NUM_KV_HEADS)[:, None] & mask[None, :]
+    q_offsets = heads[:, None] * HEAD_SIZE + dims[None, :]
+    q_ptr = qkv_ptr + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE) + q_offsets
+    k_ptr = qkv_ptr + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE) + NUM_HEADS * HEAD_SIZE
+    k_ptr += kv_heads[:, None] * HEAD_SIZE + dims[None, :]
+    v_ptr = k_ptr + NUM_KV_HEADS * HEAD_SIZE
+    table_ptr = cos_sin_ptr + position * HEAD_SIZE + dims
+    q_first = tl.load(q_ptr, mask=q_mask, other=0.0).to(tl.float32)
+    q_second = tl.load(q_ptr + HALF, mask=q_mask, other=0.0).to(tl.float32)
+    k_first = tl.load(k_ptr, mask=kv_mask, other=0.0).to(tl.float32)
+    k_second = tl.load(k_ptr + HALF, mask=kv_mask, other=0.0).to(tl.float32)
+    v_first = tl.load(v_ptr, mask=kv_mask, other=0.0)
+    v_second = tl.load(v_ptr + HALF, mask=kv_mask, other=0.0)
     cos = tl.load(table_ptr, mask=mask, other=0.0)[None, :]
     sin = tl.load(table_ptr + HALF, mask=mask, other=0.0)[None, :]
-    token_ptr = qkv_ptr + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE)
 
-    group = tl.arange(0, PADDED_GROUP)
-    offsets = (kv_head * GROUP + group)[:, None] * HEAD_SIZE + dims[None, :]
-    group_mask = (group < GROUP)[:, None] & mask[None, :]
-    first = tl.load(token_ptr + offsets, mask=group_mask, other=0.0).to(tl.float32)
-    second = tl.load(token_ptr + offsets + HALF, mask=group_mask, other=0.0).to(tl.float32)
     if HAS_NORM:
-        first, second = norm_halves(first, second, q_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
-    q_ptr = q_out_ptr + token * (NUM_HEADS * HEAD_SIZE) + offsets
-    tl.store(q_ptr, (first * cos - second * sin).to(dtype), mask=group_mask)
-    tl.store(q_ptr + HALF, (second * cos + first * sin).to(dtype), mask=group_mask)
-
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    cell = ((slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_SIZE
-    key_dims = tl.arange(0, 1)[:, None] + dims[None, :]
-    key_ptr = token_ptr + (NUM_HEADS + kv_head) * HEAD_SIZE + key_dims
-    first = tl.load(key_ptr, mask=mask[None, :], other=0.0).to(tl.float32)
-    second = tl.load(key_ptr + HALF, mask=mask[None, :], other=0.0).to(tl.float32)
-    if HAS_NORM:
-        first, second = norm_halves(first, second, k_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
-    tl.store(k_cache_ptr + cell + key_dims, (first * cos - second * sin).to(dtype), mask=mask[None, :])
-    tl.store(k_cache_ptr + cell + HALF + key_dims, (second * cos + first * sin).to(dtype), mask=mask[None, :])
-    value_ptr = token_ptr + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_SIZE + dims
-    tl.store(v_cache_ptr + cell + dims, tl.load(value_ptr, mask=mask, other=0.0), mask=mask)
-    tl.store(v_cache_ptr + cell + HALF + dims, tl.load(value_ptr + HALF, mask=mask, other=0.0), mask=mask)
+        q_first, q_second = norm_halves(q_first, q_second, q_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
+        k_first, k_second = norm_halves(k_first, k_second, k_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
+    q_out_ptr += token * (NUM_HEADS * HEAD_SIZE) + q_offsets
+    tl.store(q_out_ptr, (q_first * cos - q_second * sin).to(dtype), mask=q_mask)
+    tl.store(q_out_ptr + HALF, (q_second * cos + q_first * sin).to(dtype), mask=q_mask)
+    cells = (slot // BLOCK_SIZE * NUM_KV_HEADS + kv_heads) * BLOCK_SIZE + slot % BLOCK_SIZE
+    cells = cells[:, None] * HEAD_SIZE + dims[None, :]
+    tl.store(k_cache_ptr + cells, (k_first * cos - k_second * sin).to(dtype), mask=kv_mask)
+    tl.store(k_cache_ptr + cells + HALF, (k_second * cos + k_first * sin).to(dtype), mask=kv_mask)
+    tl.store(v_cache_ptr + cells, v_first, mask=kv_mask)
+    tl.store(v_cache_ptr + cells + HALF, v_second, mask=kv_mask)
 
 
 def rotary_and_store(
@@ -164,12 +173,13 @@ def rotary_and_store(
     q_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=qkv_TC.dtype, device=qkv_TC.device)
     has_norm = q_norm_H is not None and k_norm_H is not None
     padded_half = triton.next_power_of_2(head_size // 2)
-    padded_group = triton.next_power_of_2(num_heads // num_kv_heads)
-    rotary_kernel[(num_tokens, num_kv_heads)](
+    tile_kv_heads = min(MAX_TILE_KV_HEADS, triton.next_power_of_2(num_kv_heads))
+    tile_heads = triton.next_power_of_2(tile_kv_heads * num_heads // num_kv_heads)
+    rotary_kernel[(num_tokens, triton.cdiv(num_kv_heads, tile_kv_heads))](
         qkv_TC, cos_sin_EH, positions_T, slots_T, kv_2BKPH[0], kv_2BKPH[1],
         q_norm_H if has_norm else qkv_TC, k_norm_H if has_norm else qkv_TC, q_TNH, eps,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
-        PADDED_HALF=padded_half, PADDED_GROUP=padded_group, BLOCK_SIZE=block_size, HAS_NORM=has_norm,
-        num_warps=min(8, max(1, padded_half * padded_group // 512)),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, PADDED_HALF=padded_half,
+        TILE_HEADS=tile_heads, TILE_KV_HEADS=tile_kv_heads, BLOCK_SIZE=block_size, HAS_NORM=has_norm,
+        num_warps=min(4, max(1, padded_half * tile_heads // 256)),
     )  # fmt: skip
     return q_TNH

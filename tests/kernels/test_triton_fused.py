@@ -57,7 +57,8 @@ def test_silu_mul(device, poisoned, size, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(
-    "num_heads, num_kv_heads, head_size, block_size", [(4, 4, 2, 16), (9, 3, 64, 16), (14, 2, 64, 32), (8, 1, 80, 64)]
+    "num_heads, num_kv_heads, head_size, block_size",
+    [(4, 4, 2, 16), (9, 3, 64, 16), (14, 2, 64, 32), (8, 1, 80, 64), (10, 10, 8, 16)],
 )
 def test_rotary_and_store(device, poisoned, num_heads, num_kv_heads, head_size, block_size, has_norm, dtype) -> None:
     positions_T = torch.tensor([0, 1, 17, 63, 500, 31, 2], dtype=torch.int32, device=device)
