@@ -99,6 +99,7 @@ class Engine:
         metrics, scheduler = self._metrics, self.scheduler
         metrics.num_running, metrics.num_waiting = scheduler.num_running, scheduler.num_waiting
         metrics.kv_usage, metrics.kv_utilization = scheduler.kv_usage, scheduler.kv_utilization
+        metrics.jit_compiles, metrics.graph_captures = self.runner.num_compiles, self.runner.num_captures
         return metrics
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:

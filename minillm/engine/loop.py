@@ -25,6 +25,14 @@ class PendingStep(Protocol):
 class StepRunner(Protocol):
     """Whatever runs plans."""
 
+    @property
+    def num_compiles(self) -> int:
+        """Kernels compiled so far."""
+
+    @property
+    def num_captures(self) -> int:
+        """CUDA graphs captured so far."""
+
     def submit(self, plan: StepPlan) -> PendingStep:
         """Enqueue a step and return at once."""
 

@@ -29,6 +29,11 @@ class Metrics:
     device_seconds: float = 0.0
     """Time that steps took on the device."""
 
+    jit_compiles: int = 0
+    """Kernels that this process compiled or read from the compiler's cache: none once it is warm."""
+    graph_captures: int = 0
+    """CUDA graphs captured: none once the engine has started."""
+
     def as_dict(self) -> dict[str, int | float]:
         """All figures by name."""
         return asdict(self)

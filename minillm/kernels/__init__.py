@@ -5,7 +5,8 @@
     gpu        Triton (attention, decode_attention, fused, sampling, step_inputs behind it)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
-`gpu` is the only module that imports triton, and only when a GPU (or Triton's interpreter) is used.
+`gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
+it launches before the first step.
 
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
 R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,

@@ -79,21 +79,55 @@ def reaching(sizes: list[int], largest: int) -> tuple[int, ...]:
     return tuple(size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < largest)
 
 
+def layer_shapes(shapes: PaddedShapes) -> list[tuple[int, int]]:
+    """(rows, tokens) of every padded step, the largest first.
+
+    >>> layer_shapes(PaddedShapes(decode_sizes=(1, 2), mixed_sizes=(64,), num_rows=3))
+    [(3, 64), (2, 2), (1, 1)]
+    """
+    decodes = [(size, size) for size in shapes.decode_sizes]
+    mixed = [(shapes.num_rows, size) for size in shapes.mixed_sizes]
+    return sorted(decodes + mixed, key=lambda shape: shape[1], reverse=True)
+
+
+def padding(num_rows: int, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A step of nothing but padding: rows of seat 0 with one token each, or empty rows and tokens of no row."""
+    columns_5R = torch.zeros(NUM_ROW_COLUMNS, num_rows, dtype=torch.int32, device=device)
+    if num_rows == num_tokens:
+        columns_5R[2] = 1
+        columns_5R[3] = torch.arange(num_rows, device=device)
+    return columns_5R, torch.zeros(num_tokens, dtype=torch.int32, device=device)
+
+
+@torch.inference_mode()
+def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device: torch.device) -> None:
+    """Run padding in every padded shape, and in one of `max_tokens`: all kernels that steps launch."""
+    hidden = stages.run_layers(*padding(shapes.num_rows, max_tokens, device))
+    for size in reversed(shapes.decode_sizes):
+        for kind in SAMPLING_KINDS:
+            rows_L, seats_L = torch.zeros(2, size, dtype=torch.int32, device=device)
+            stages.finish(hidden, rows_L, seats_L, kind)
+    for shape in layer_shapes(shapes):
+        stages.run_layers(*padding(*shape, device))
+
+
 class StepGraphs:
     """Captured steps. All share one pool of memory: one step runs at a time."""
 
     def __init__(self, stages: Stages, shapes: PaddedShapes, device: torch.device) -> None:
         self._stages, self._device = stages, device
         self._pool = torch.cuda.graph_pool_handle()
-        # (rows, tokens), the largest first: the others fit into its memory.
-        decodes = [(size, size) for size in reversed(shapes.decode_sizes)]
-        mixed = [(shapes.num_rows, size) for size in reversed(shapes.mixed_sizes)]
-        largest = max(decodes + mixed, key=lambda shape: shape[1])
-        warm = stages.run_layers(*self._inputs(*largest))
+        largest_first = layer_shapes(shapes)  # the others fit into its memory
+        warm = stages.run_layers(*padding(*largest_first[0], device))
         self._hidden = Hidden(*(torch.empty_like(part) for part in warm))
-        self._layers = {shape: self._capture_layers(*shape) for shape in mixed + decodes}
+        self._layers = {shape: self._capture_layers(*shape) for shape in largest_first}
         sizes = reversed(shapes.decode_sizes)
         self._finish = {(size, kind): self._capture_finish(size, kind) for size in sizes for kind in SAMPLING_KINDS}
+
+    @property
+    def num_captured(self) -> int:
+        """Graphs in all."""
+        return len(self._layers) + len(self._finish)
 
     def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden | None:
         """Replay the layers of a step; None if its shape was not captured."""
@@ -118,17 +152,9 @@ class StepGraphs:
         captured.graph.replay()
         return captured.samples_L
 
-    def _inputs(self, num_rows: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """A step of nothing but padding: rows of seat 0 with one token each, or empty rows and tokens of no row."""
-        columns_5R = torch.zeros(NUM_ROW_COLUMNS, num_rows, dtype=torch.int32, device=self._device)
-        if num_rows == num_tokens:
-            columns_5R[2] = 1
-            columns_5R[3] = torch.arange(num_rows, device=self._device)
-        return columns_5R, torch.zeros(num_tokens, dtype=torch.int32, device=self._device)
-
     def _capture_layers(self, num_rows: int, num_tokens: int) -> LayersGraph:
-        inputs = self._inputs(num_rows, num_tokens)
-        self._stages.run_layers(*inputs)  # outside a capture: kernels are compiled, libraries set up
+        inputs = padding(num_rows, num_tokens, self._device)
+        self._stages.run_layers(*inputs)  # outside a capture: libraries are set up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             for kept, part in zip(self._hidden, self._stages.run_layers(*inputs), strict=True):

@@ -66,6 +66,20 @@ class Runner:
         """Capture CUDA graphs for every padded shape; without them each step is launched kernel by kernel."""
         self._graphs = StepGraphs(self, self.shapes, self.device)
 
+    @property
+    def num_compiles(self) -> int:
+        """Kernels that this process has compiled, or read from Triton's cache; 0 where none are used."""
+        if self.device.type != "cuda":
+            return 0
+        from minillm.kernels.compiling import compilations
+
+        return compilations().num
+
+    @property
+    def num_captures(self) -> int:
+        """CUDA graphs captured so far."""
+        return 0 if self._graphs is None else self._graphs.num_captured
+
     def submit(self, plan: StepPlan) -> Pending:
         """Enqueue a step."""
         words = step_words(plan, self.rows, self.shapes)
@@ -145,7 +159,7 @@ class Runner:
         columns_5R = columns.view(NUM_ROW_COLUMNS, -1)
         hidden = None if self._graphs is None else self._graphs.run_layers(columns_5R, tokens)
         if hidden is None:
-            hidden = self._run_layers(words, columns_5R, tokens)
+            hidden = self._run_layers(self._bounds(words), columns_5R, tokens)
         if not words.num_samples:
             return rows_L
         kind = (words.is_random, words.is_filtered)
@@ -157,6 +171,13 @@ class Runner:
         np.concatenate(words.sections, out=host.numpy())
         flat = host.to(self.device, non_blocking=True)
         return [flat[begin:end] for begin, end in words.offsets()]
+
+    def _bounds(self, words: StepWords) -> StepWords | Bounds:
+        if self.device.type != "cuda":
+            return words
+        # The bound on contexts is that of captured steps: a step of short rows alone would want kernels of its own.
+        longest = self.rows.max_blocks * self.block_size
+        return Bounds(words.num_tokens, words.num_decodes, words.max_query_len, longest)
 
     def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens: Tensor) -> Hidden:
         expanded = expand_step_inputs(

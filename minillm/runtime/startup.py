@@ -6,7 +6,8 @@ The only place that turns "auto" and None into values of a device. It knows no r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -15,8 +16,8 @@ import torch
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.model.transformer import Transformer
-from minillm.runtime.batching import NUM_ROW_COLUMNS
-from minillm.runtime.cuda_graphs import padded_shapes
+from minillm.runtime.batching import PaddedShapes
+from minillm.runtime.cuda_graphs import padded_shapes, padding, run_each_shape
 from minillm.runtime.kv_cache import (
     CPU_CACHE_BYTES,
     MemoryBudget,
@@ -95,22 +96,23 @@ def start_runner(config: EngineConfig, model_config: ModelConfig, load: Callable
     place = Place(device, choose_dtype(config.dtype, device), kernel_set(device))
     sizes = choose_sizes(config, model_config, device)
     check_weights_fit(model_config, place)
-    model = Transformer(
-        model_config,
-        ops=place.ops,
-        dtype=place.dtype,
-        device=device,
-        max_positions=sizes.max_model_len,
-        keeps_codes=config.dtype == "auto" and device.type == "cpu",
-    )
-    load(model)
+    is_gpu = device.type == "cuda"
+    shapes = padded_shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens) if is_gpu else None
+    with nullcontext() if shapes is None else compiling_kernels(model_config, place, sizes, shapes):
+        model = Transformer(
+            model_config,
+            ops=place.ops,
+            dtype=place.dtype,
+            device=device,
+            max_positions=sizes.max_model_len,
+            keeps_codes=config.dtype == "auto" and not is_gpu,
+        )
+        load(model)
     budget = memory_budget(config, model, place, sizes)
     num_blocks = choose_num_blocks(config, budget, sizes, device)
     kv_cache = make_kv_cache(model_config, num_blocks, sizes.block_size, place.dtype, device)
     max_blocks = min(-(-sizes.max_model_len // sizes.block_size), num_blocks - 1)
     rows = Rows(sizes.max_num_seqs + 1, max_blocks, device)
-    is_gpu = device.type == "cuda"
-    shapes = padded_shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens) if is_gpu else None
     runner = Runner(model, place.ops, kv_cache, rows, shapes)
     if is_gpu and not config.enforce_eager:
         runner.capture()
@@ -230,8 +232,29 @@ def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes:
     )
 
 
+def compiling_kernels(
+    model_config: ModelConfig, place: Place, sizes: StepSizes, shapes: PaddedShapes
+) -> AbstractContextManager[None]:
+    """While the body loads the weights, threads compile the kernels of all steps: of the same model with two layers."""
+    from minillm.kernels.compiling import compiling_ahead
+
+    small = replace(model_config, num_layers=min(2, model_config.num_layers))
+
+    def launch_all() -> None:
+        model = Transformer(
+            small, ops=place.ops, dtype=place.dtype, device=place.device, max_positions=sizes.max_model_len
+        )
+        model.finish_loading()
+        cache = make_kv_cache(small, 1, sizes.block_size, place.dtype, place.device)
+        rows = Rows(sizes.max_num_seqs + 1, -(-sizes.max_model_len // sizes.block_size), place.device)
+        runner = Runner(model, place.ops, cache, rows, shapes)
+        run_each_shape(runner, shapes, sizes.max_num_batched_tokens, place.device)
+
+    return compiling_ahead(launch_all)
+
+
 def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
-    """Run the largest step, all padding, on a cache of block 0 alone: its peak of memory. Compiles kernels."""
+    """Run the largest step, all padding, on a cache of block 0 alone: its peak of memory."""
     num_rows = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)
     cache = make_kv_cache(model.config, 1, sizes.block_size, place.dtype, place.device)
     runner = Runner(model, place.ops, cache, Rows(num_rows + 1, 1, place.device))
@@ -239,7 +262,7 @@ def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
     before = torch.cuda.memory_allocated(place.device)
     with torch.inference_mode():
         nothing = partial(torch.zeros, dtype=torch.int32, device=place.device)
-        hidden = runner.run_layers(nothing(NUM_ROW_COLUMNS, num_rows), nothing(sizes.max_num_batched_tokens))
+        hidden = runner.run_layers(*padding(num_rows, sizes.max_num_batched_tokens, place.device))
         runner.finish(hidden, nothing(num_rows), nothing(num_rows), (True, True))
     torch.cuda.synchronize(place.device)
     return torch.cuda.max_memory_allocated(place.device) - before

@@ -1,0 +1,74 @@
+"""Start-up runs padding in every padded shape, so that no step afterwards compiles a kernel or captures a graph."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm import LLM, SamplingParams
+from minillm.runtime.batching import PaddedShapes
+from minillm.runtime.cuda_graphs import SAMPLING_KINDS, Hidden, padded_shapes, run_each_shape
+
+
+class Notes:
+    """Stages that note what they are asked to run."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[int, int]] = []
+        self.finished: list[tuple[int, tuple[bool, bool]]] = []
+
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
+        self.layers.append((columns_5R.shape[1], tokens_T.shape[0]))
+        return Hidden(*torch.zeros(3, tokens_T.shape[0], 1))
+
+    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        assert rows_L.shape == seats_L.shape and rows_L.max() < hidden.x_TD.shape[0]
+        self.finished.append((rows_L.shape[0], kind))
+        return rows_L
+
+
+@pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(20, 300), (256, 8192), (40, 16)])
+def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int) -> None:
+    notes, shapes = Notes(), padded_shapes(max_num_seqs, max_tokens)
+    run_each_shape(notes, shapes, max_tokens, torch.device("cpu"))
+    mixed = [(shapes.num_rows, size) for size in shapes.mixed_sizes]
+    assert sorted(notes.layers) == sorted(
+        [(shapes.num_rows, max_tokens), *mixed, *((size, size) for size in shapes.decode_sizes)]
+    )
+    assert sorted(notes.finished) == sorted((size, kind) for size in shapes.decode_sizes for kind in SAMPLING_KINDS)
+
+
+def test_no_shape_of_graphs_is_missing() -> None:
+    """A shape of rows and tokens for each size; a mixed step has more rows than any decode step."""
+    notes = Notes()
+    run_each_shape(notes, PaddedShapes(decode_sizes=(1, 2), mixed_sizes=(64,), num_rows=3), 128, torch.device("cpu"))
+    assert notes.layers == [(3, 128), (3, 64), (2, 2), (1, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("model", ["random:tiny-qwen3", "random:smollm2-135m"])
+def test_steps_compile_and_capture_nothing(model: str, enforce_eager: bool) -> None:
+    rng = random.Random(0)
+    with LLM(
+        model,
+        device="cuda",
+        max_num_batched_tokens=4096,
+        max_num_seqs=40,
+        max_model_len=2048,
+        num_kv_blocks=6000,
+        enforce_eager=enforce_eager,
+    ) as llm:
+        before = llm.engine.metrics.as_dict()
+        for num in (1, 3, 17, 40):  # chunks alone and beside decodes, large steps and small ones
+            prompts = [[rng.randrange(5, 500) for _ in range(rng.choice((1, 30, 700, 1900)))] for _ in range(num)]
+            kinds = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20}]
+            params = [SamplingParams(max_tokens=9, ignore_eos=True, **kinds[i % 3]) for i in range(num)]
+            llm.generate(prompts, params)
+        after = llm.engine.metrics.as_dict()
+    assert before["jit_compiles"] > 0
+    assert before["graph_captures"] > 0 or enforce_eager
+    assert [after[key] - before[key] for key in ("jit_compiles", "graph_captures")] == [0, 0]
