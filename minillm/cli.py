@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import math
+import os
 import signal
 import statistics
 import sys
@@ -28,7 +29,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from minillm import __version__
 from minillm.config import EngineConfig
-from minillm.errors import MiniLLMError, RequestError
+from minillm.errors import ConfigError, MiniLLMError, RequestError
+from minillm.server.config import ServerConfig
 from minillm.types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -280,6 +282,31 @@ def lines_typed() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+@app.command()
+@with_fields(EngineConfig, "engine")
+@with_fields(ServerConfig, "server")
+def serve(
+    model: ModelOption = DEFAULT_MODEL,
+    *,
+    engine: EngineConfig,
+    server: ServerConfig,
+) -> None:
+    """Serve a model to OpenAI's clients over HTTP.
+
+    SIGTERM or Ctrl-C lets requests finish, a second one aborts them. A key may also come in MINILLM_API_KEY.
+    """
+    try:
+        from minillm.server import run
+        from minillm.server.auth import read_keys
+    except ImportError as error:
+        raise ConfigError(f"serving needs more packages ({error.name}): pip install 'minillm[server]'") from error
+
+    keys = read_keys(server.api_key_file, os.environ.get("MINILLM_API_KEY"))
+    server.check_exposed(bool(keys))
+    prepare(model)
+    run.serve(model, engine, server, keys)
 
 
 @app.command()

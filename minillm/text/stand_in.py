@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from minillm.errors import RequestError
 from minillm.text.tokenizer import Tokenizer
 
 __all__ = ["StandInTokenizer"]
@@ -31,8 +32,11 @@ class StandInTokenizer(Tokenizer):
             self._num_syllables += 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """One token id per word."""
-        return [self._id_of(word) for word in text.split()]
+        """One token id per word. Raises RequestError."""
+        try:
+            return [self._id_of(word) for word in text.split()]
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is no Unicode text ({error.reason}); remove lone surrogates") from error
 
     def piece(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The word of an id and a space."""

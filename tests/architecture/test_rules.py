@@ -32,7 +32,7 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "analysis": {"core", "config"} | SHARED,
     "engine": ENGINE,
     "llm": {"engine", "text", "config"} | SHARED,
-    "server": {"engine", "text", "config"} | SHARED,
+    "server": {"engine", "text", "config", "__version__"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
     "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},

@@ -1,0 +1,274 @@
+"""AsyncEngine: the engine as an event loop sees it: requests in, streams of tokens out, bounded and watched.
+
+It owns admission (what waits is bounded, for all and for each user), deadlines, the drain and the watchdog. It knows
+no text and no HTTP, and does not care where the engine runs. All of it belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from minillm.engine.info import EngineInfo
+from minillm.engine.links import Link
+from minillm.engine.messages import Ending, Load, Report, Submission
+from minillm.engine.wait import WaitPredictor
+from minillm.errors import BusyError, ClosingError, EngineError
+from minillm.types import FinishReason, SamplingParams, Timings
+
+__all__ = ["AsyncEngine", "AsyncLimits", "TokenStream"]
+
+LOG = logging.getLogger(__name__)
+CHECKS_PER_STALL = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsyncLimits:
+    """What a front end takes on."""
+
+    max_waiting: int = 1024
+    """Most requests that wait for their first token."""
+    max_per_user: int = 512
+    """Most unfinished requests of one user."""
+    stall_seconds: float = 120.0
+    """Without progress for this long while there is work, the engine counts as stuck."""
+
+
+class TokenStream:
+    """One request's tokens as they come. `take` until `is_done`; then `ending` says how it ended."""
+
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
+        self.num_tokens = 0
+        self.ending: Ending | None = None
+        self.is_expired = False
+        """Whether its deadline ended it."""
+        self.timer: asyncio.TimerHandle | None = None
+        self._new: list[int] = []
+        self._changed = asyncio.Event()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended and all its tokens were taken."""
+        return self.ending is not None and not self._new
+
+    async def take(self) -> list[int]:
+        """New tokens, waiting for them; none only at the end."""
+        while not self._new and self.ending is None:
+            self._changed.clear()
+            await self._changed.wait()
+        tokens, self._new = self._new, []
+        return tokens
+
+    def gain(self, tokens: Sequence[int]) -> None:
+        """The engine's side: tokens came."""
+        self._new.extend(tokens)
+        self.num_tokens += len(tokens)
+        self._changed.set()
+
+    def end(self, ending: Ending) -> None:
+        """The engine's side: that was all."""
+        self.ending = ending
+        if self.timer is not None:
+            self.timer.cancel()
+        self._changed.set()
+
+
+class AsyncEngine:
+    """Requests in, streams out. `open` first, `close` at the end."""
+
+    def __init__(
+        self, link: Link, limits: AsyncLimits | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = AsyncLimits() if limits is None else limits
+        self.load = Load()
+        self.failure: str | None = None
+        """Why the engine stopped for good."""
+        self.is_stalled = self.is_closing = False
+        self.predictor = WaitPredictor()
+        self._link, self._clock = link, clock
+        self._streams: dict[int, TokenStream] = {}
+        self._waiting: dict[int, TokenStream] = {}  # those without a first token
+        self.num_of_user: Counter[str] = Counter()
+        self._keys, self._questions = count(1), count(1)
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._progress = clock()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._watchdog: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Start the engine and the watchdog. Raises what starting raises."""
+        self.info: EngineInfo = await self._link.open(self._on_report)
+        self._watchdog = asyncio.create_task(self._watch())
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine runs, and its steps advance while there is work."""
+        return self.failure is None and not self.is_stalled
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    @property
+    def predicted_wait(self) -> float:
+        """Seconds until all that waits has been served."""
+        waiting = [stream.submission for stream in self._waiting.values()]
+        num_output = sum(min(s.params.max_tokens, self.info.limits.max_model_len) for s in waiting)
+        return self.predictor.seconds(sum(len(s.prompt) for s in waiting), num_output)
+
+    def check_room(self, user: str, num: int) -> None:
+        """Raise EngineError, BusyError or ClosingError unless `num` more requests of `user` may come."""
+        if self.failure is not None:
+            raise EngineError(f"the engine stopped: {self.failure}")
+        if self.is_closing:
+            raise ClosingError("the server is shutting down", self.predicted_wait)
+        if self.is_stalled:
+            raise ClosingError("the engine makes no progress", self.limits.stall_seconds)
+        if len(self._waiting) + num > self.limits.max_waiting:
+            raise BusyError(
+                f"{len(self._waiting)} requests wait already, of at most {self.limits.max_waiting}", self.predicted_wait
+            )
+        if self.num_of_user[user] + num > self.limits.max_per_user:
+            raise BusyError(
+                f"{self.num_of_user[user]} requests of this user are unfinished, of at most "
+                f"{self.limits.max_per_user} for each",
+                self.predicted_wait,
+            )
+
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        user: str = "",
+        salt: bytes = b"",
+        timeout: float | None = None,
+    ) -> TokenStream:
+        """Queue a request, which ends unfinished after `timeout` seconds.
+
+        Raises RequestError, BusyError, ClosingError, EngineError.
+        """
+        self.info.check(prompt, params)
+        self.check_room(user, 1)
+        now = self._clock()
+        submission = Submission(
+            key=next(self._keys), prompt=prompt, params=params, arrival=now, priority=priority, user=user, salt=salt
+        )
+        stream = TokenStream(submission)
+        if not self._streams:
+            self._progress = now  # it was idle, not stuck
+            self._idle.clear()
+        self._streams[submission.key] = self._waiting[submission.key] = stream
+        self.num_of_user[user] += 1
+        self._link.send(("submit", (submission,)))
+        if timeout is not None:
+            stream.timer = asyncio.get_running_loop().call_later(timeout, self._expire, stream)
+        return stream
+
+    def finish(self, stream: TokenStream, reason: FinishReason) -> None:
+        """End a request, in whatever state it is; nothing happens if it has ended."""
+        if stream.submission.key in self._streams:
+            self._link.send(("finish", (stream.submission.key, reason)))
+
+    async def ask(self, query: str, **arguments: Any) -> Any:
+        """The engine's answer to a query between two steps; None for one that it does not know."""
+        if self.failure is not None:
+            raise EngineError(f"the engine stopped: {self.failure}")
+        number = next(self._questions)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._link.send(("ask", (number, query, arguments)))
+        return await answer
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more requests and wait for those that run; abort what is left after `timeout` seconds."""
+        self.is_closing = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            self.abort_all()
+
+    def abort_all(self) -> None:
+        """End every request now."""
+        self.is_closing = True
+        for stream in list(self._streams.values()):
+            self.finish(stream, FinishReason.ABORT)
+
+    async def close(self) -> None:
+        """End every request and the engine."""
+        self.is_closing = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        await self._link.close()
+        self._fail_all("the engine was closed")
+
+    def _on_report(self, report: Report) -> None:
+        now = self._clock()
+        if report.load.num_steps != self.load.num_steps or report.endings:
+            self._progress, self.is_stalled = now, False
+        self.load = report.load
+        self.predictor.note_progress(now, report.load.num_computed)
+        at = 0
+        for key, num in zip(report.keys, report.counts, strict=True):
+            stream = self._streams.get(key)
+            if stream is not None and num:
+                self._waiting.pop(key, None)
+                stream.gain(report.tokens[at : at + num])
+            at += num
+        for ending in report.endings:
+            self._end(ending)
+        for number, answer in report.answers:
+            self._answers.pop(number).set_result(answer)
+        if report.failure:
+            LOG.error("the engine stopped: %s", report.failure)
+            self._fail_all(report.failure)
+
+    def _end(self, ending: Ending) -> None:
+        stream = self._streams.pop(ending.key, None)
+        if stream is None:
+            return
+        self._waiting.pop(ending.key, None)
+        submission = stream.submission
+        self.num_of_user[submission.user] -= 1
+        if not self.num_of_user[submission.user]:
+            del self.num_of_user[submission.user]
+        if ending.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.predictor.note_finished(stream.num_tokens, submission.params.max_tokens)
+        stream.end(ending)
+        if not self._streams:
+            self._idle.set()
+
+    def _fail_all(self, why: str) -> None:
+        """The engine is gone; end what it has not."""
+        self.failure = self.failure or why
+        for key, stream in list(self._streams.items()):
+            timings = Timings(arrival=stream.submission.arrival, finished=self._clock())
+            self._end(Ending(key, FinishReason.ERROR, timings, 0, why))
+        for answer in self._answers.values():
+            answer.cancel()
+        self._answers.clear()
+
+    def _expire(self, stream: TokenStream) -> None:
+        stream.is_expired = True
+        self.finish(stream, FinishReason.ABORT if stream.num_tokens else FinishReason.REJECTED)
+
+    async def _watch(self) -> None:
+        """Notice when there is work and no progress; say once where the engine is."""
+        stall_seconds = self.limits.stall_seconds
+        while True:
+            await asyncio.sleep(stall_seconds / CHECKS_PER_STALL)
+            if self._streams and not self.is_stalled and self._clock() - self._progress > stall_seconds:
+                self.is_stalled = True
+                LOG.error(
+                    "no step has ended for %.1f s; the engine's state:\n%s", stall_seconds, await self._link.dump()
+                )

@@ -1,0 +1,192 @@
+"""EngineDriver: obeys a front end's commands and runs the engine turn by turn. One thread calls all of it.
+
+Requests wait here, in a FairQueue, until the engine's next step could start them: what the scheduler has queued is
+served by arrival, so it is given no more than that. It knows no text, sockets or threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from minillm.engine.engine import Engine, Generation
+from minillm.engine.fair_queue import FairQueue
+from minillm.engine.messages import Ending, Load, Report, Submission
+from minillm.errors import EngineError, RequestError
+from minillm.types import FinishReason, Timings
+
+__all__ = ["Command", "EngineDriver", "drive"]
+
+LOG = logging.getLogger(__name__)
+Command = tuple[str, tuple[Any, ...]]
+"""submit, finish or ask, and its arguments."""
+
+NUM_AHEAD = 4
+"""Requests given to the scheduler beyond its rows, for it to choose among when memory is short."""
+
+
+def drive(
+    driver: EngineDriver, take: Callable[[bool], Sequence[Command] | None], deliver: Callable[[Report], None]
+) -> None:
+    """Obey commands and run turns until `take` gives None; it may wait for a command if its argument is True."""
+    obey: dict[str, Callable[..., None]] = {"submit": driver.submit, "finish": driver.finish, "ask": driver.ask}
+    while (commands := take(not driver.has_work)) is not None:
+        for name, arguments in commands:
+            obey[name](*arguments)
+        deliver(driver.turn())
+    deliver(driver.close())
+
+
+class EngineDriver:
+    """The engine's side of the seam between front end and engine."""
+
+    def __init__(self, engine: Engine, queries: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        """`queries`: what a front end may ask beside `dump`; each takes and gives plain values, between two steps."""
+        self.engine = engine
+        self._queries = {"dump": self.dump, **(queries or {})}
+        self._queue: FairQueue[Submission] = FairQueue()
+        self._queued: dict[int, Submission] = {}
+        self._live: dict[int, Generation] = {}
+        self._keys: dict[int, int] = {}  # the engine's request number -> the front end's key
+        self._unstarted: dict[int, Generation] = {}
+        self._report = Report(load=Load())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        report = self._report
+        return bool(self._queued or self.engine.has_work or report.endings or report.answers)
+
+    @property
+    def load(self) -> Load:
+        """What there is to do."""
+        scheduler = self.engine.scheduler
+        num_waiting = len(self._queue) + scheduler.num_waiting
+        applied = self.engine._num_applied, self.engine._num_computed
+        return Load(applied[0], scheduler.num_running, num_waiting, scheduler.kv_usage, applied[1])
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a request. One that cannot be served ends at once, alone."""
+        try:
+            self.engine.info.check(submission.prompt, submission.params)
+        except RequestError as error:
+            self._end_unstarted(submission, FinishReason.REJECTED, str(error))
+            return
+        limits = self.engine.info.limits
+        num_output = min(submission.params.max_tokens, limits.max_model_len - len(submission.prompt))
+        cost = len(submission.prompt) + num_output
+        self._queue.push(submission, priority=submission.priority, user=submission.user, cost=cost)
+        self._queued[submission.key] = submission
+
+    def finish(self, key: int, reason: FinishReason) -> None:
+        """End a request in whatever state it is; nothing happens if it ended before."""
+        submission, generation = self._queued.pop(key, None), self._live.get(key)
+        if submission is not None:
+            self._queue.remove(submission, priority=submission.priority, user=submission.user)
+            self._end_unstarted(submission, reason)
+        elif generation is not None:
+            self.engine.finish(generation, reason)
+            self._end(key, generation)
+
+    def ask(self, number: int, query: str, arguments: Mapping[str, Any]) -> None:
+        """Answer a query in the next report; the answer to a wrong one is None."""
+        answer = self._queries.get(query)
+        self._report.answers.append((number, None if answer is None else answer(**arguments)))
+
+    def turn(self) -> Report:
+        """Start what fits, run one step, and report since the last turn. After a failure nothing is left to do."""
+        failure = ""
+        try:
+            self._release()
+            if self.engine.has_work:
+                for generation in self.engine.step():
+                    self._collect(generation)
+        except EngineError as error:
+            failure = str(error)
+            self._queue, self._queued = FairQueue(), {}
+            self._live, self._keys, self._unstarted = {}, {}, {}
+        report, self._report = self._report, Report(load=self.load)
+        report.load, report.failure = self._report.load, failure
+        return report
+
+    def dump(self) -> dict[str, Any]:
+        """The scheduler's state for a person to read: numbers, never contents."""
+        scheduler = self.engine.scheduler
+        columns = ("num_prompt", "num_output", "num_computed", "num_planned", "row", "num_preemptions", "arrival")
+        rows = [
+            {"number": generation.request.number, "num_blocks": len(generation.request.blocks)}
+            | {name: getattr(generation.request, name) for name in columns}
+            for generation in self._live.values()
+        ]
+        return {
+            "load": self.load._asdict(),
+            "num_free_blocks": scheduler.num_free_blocks,
+            "num_blocks": scheduler.limits.num_kv_blocks,
+            "num_in_fair_queue": len(self._queue),
+            "requests": rows,
+        }
+
+    def close(self) -> Report:
+        """End every request and take no more."""
+        for key in [*self._queued, *self._live]:
+            self.finish(key, FinishReason.ABORT)
+        self.engine.close()
+        return self._report
+
+    def _release(self) -> None:
+        """Hand the engine what its next step could start: rows for all, and one step's budget of prompt tokens."""
+        self._unstarted = {n: g for n, g in self._unstarted.items() if g.request.first_planned is None}
+        scheduler, limits = self.engine.scheduler, self.engine.info.limits
+        num_tokens = sum(generation.request.num_prompt for generation in self._unstarted.values())
+        num_seats = limits.max_num_seqs + NUM_AHEAD - scheduler.num_running - scheduler.num_waiting
+        while self._queue and num_seats > 0 and num_tokens < limits.max_num_batched_tokens:
+            submission = self._queue.pop()
+            del self._queued[submission.key]
+            generation = self._start(submission)
+            num_seats -= 1
+            num_tokens += 0 if generation is None else generation.request.num_prompt
+
+    def _start(self, submission: Submission) -> Generation | None:
+        try:
+            generation = self.engine.add(
+                submission.prompt,
+                submission.params,
+                submission.priority,
+                arrival=submission.arrival,
+                salt=submission.salt,
+            )
+        except Exception as error:
+            LOG.exception("a request could not be started")
+            self._end_unstarted(submission, FinishReason.ERROR, str(error))
+            return None
+        number = generation.request.number
+        self._live[submission.key] = self._unstarted[number] = generation
+        self._keys[number] = submission.key
+        return generation
+
+    def _collect(self, generation: Generation) -> None:
+        key = self._keys[generation.request.number]
+        tokens = generation.take_new_tokens()
+        report = self._report
+        report.keys.append(key)
+        report.counts.append(len(tokens))
+        report.tokens.extend(tokens)
+        if generation.finish_reason is not None:
+            self._end(key, generation)
+
+    def _end(self, key: int, generation: Generation, error: str = "") -> None:
+        del self._live[key]
+        number = generation.request.number
+        del self._keys[number]
+        self._unstarted.pop(number, None)
+        assert generation.finish_reason is not None
+        self._report.endings.append(Ending(key, generation.finish_reason, generation.timings, number, error))
+
+    def _end_unstarted(self, submission: Submission, reason: FinishReason, error: str = "") -> None:
+        timings = Timings(
+            arrival=submission.arrival,
+            num_prompt_tokens=len(submission.prompt),
+            finished=self.engine.clock(),
+        )
+        self._report.endings.append(Ending(submission.key, reason, timings, 0, error))

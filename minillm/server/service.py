@@ -1,0 +1,242 @@
+"""Service: a model as the endpoints use it: prompts in, completions as text out. It knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from typing import Any
+from uuid import uuid4
+
+from minillm.engine.async_engine import AsyncEngine, TokenStream
+from minillm.engine.output import TextReader
+from minillm.errors import RequestError
+from minillm.server.config import ServerConfig
+from minillm.server.errors import ApiError
+from minillm.server.protocol import GenerationRequest, Message
+from minillm.server.recent import RecentRequests
+from minillm.text.tokenizer import Tokenizer
+from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings, shown
+
+__all__ = ["Choice", "Piece", "Service", "abort_all", "finish_all", "merged", "new_id"]
+
+LONG_TEXT = 4096
+"""Characters; longer texts are made into tokens on another thread."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Piece:
+    """What a choice gained: text that is certain, tokens, and at the end why it ended."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Choice:
+    """One completion under way. `text` and `token_ids` grow with every `take`."""
+
+    index: int
+    prompt: list[int]
+    stream: TokenStream
+    reader: TextReader
+    engine: AsyncEngine
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    async def take(self) -> Piece:
+        """The next piece. Raises ApiError if the request failed or timed out before its first token."""
+        tokens = await self.stream.take()
+        texts, num_read = [], 0
+        for token in tokens:
+            num_read += 1
+            texts.append(self.reader.feed(token))
+            if self.reader.is_matched:
+                break
+        if self.reader.is_matched:
+            await self._stop()
+        if self.stream.is_done:
+            self.finish_reason = self._reason()
+            if not self.reader.is_matched:
+                texts.append(self.reader.finish())
+        piece = Piece(
+            index=self.index, text="".join(texts), token_ids=tokens[:num_read], finish_reason=self.finish_reason
+        )
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        return piece
+
+    async def finish(self) -> None:
+        """Take all there is."""
+        while self.finish_reason is None:
+            await self.take()
+
+    def abort(self) -> None:
+        """Its client has gone; free what it holds."""
+        self.engine.finish(self.stream, FinishReason.ABORT)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went; complete once it has ended."""
+        assert self.stream.ending is not None
+        return self.stream.ending.timings
+
+    async def _stop(self) -> None:
+        """A stop string is there: end the request; what it gained meanwhile is dropped."""
+        self.engine.finish(self.stream, FinishReason.STOP)
+        while not self.stream.is_done:
+            await self.stream.take()
+
+    def _reason(self) -> FinishReason:
+        ending = self.stream.ending
+        assert ending is not None
+        if self.reader.is_matched:
+            return FinishReason.STOP
+        if self.stream.is_expired:
+            if not self.stream.num_tokens:
+                raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the request's time was over before it began to answer")
+            return FinishReason.ABORT
+        if ending.reason is FinishReason.REJECTED:
+            raise ApiError(HTTPStatus.BAD_REQUEST, ending.error)
+        if ending.reason is FinishReason.ERROR:
+            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the engine failed at this request")
+        return ending.reason
+
+
+class Service:
+    """A tokeniser and an engine."""
+
+    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, config: ServerConfig) -> None:
+        self.engine, self.tokenizer, self.model_name, self.config = engine, tokenizer, model_name, config
+        self.created = int(time.time())
+        self.recent = RecentRequests()
+
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError unless this is the model that is served; None is."""
+        if model is not None and model != self.model_name:
+            message = f"the model {model!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Raises RequestError."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation. Raises RequestError."""
+        plain = [as_template_message(message) for message in messages]
+
+        def encode() -> list[int]:
+            return self.tokenizer.encode_chat(plain, tools=tools, add_generation_prompt=add_generation_prompt)
+
+        is_short = not tools and sum(len(message.text or "") for message in messages) < LONG_TEXT
+        return encode() if is_short else await asyncio.to_thread(encode)
+
+    def check_num_prompts(self, num: int) -> None:
+        """Raise RequestError if a request may not have so many prompts."""
+        if not 1 <= num <= self.config.max_prompts:
+            raise RequestError(f"prompt may hold 1 to {self.config.max_prompts} prompts, not {num}")
+
+    def start(
+        self, request_id: str, prompts: Sequence[list[int]], params: SamplingParams, body: GenerationRequest
+    ) -> list[Choice]:
+        """Queue every completion of a request, `n` of each prompt, or none.
+
+        Raises RequestError, BusyError, ClosingError, EngineError.
+        """
+        n, config = body.n or 1, self.config
+        self.check_num_prompts(len(prompts))
+        if n > config.max_n:
+            raise RequestError(f"n may be at most {config.max_n}, not {shown(n)}")
+        if len(prompts) * n > config.max_choices:
+            raise RequestError(f"prompts times n may be at most {config.max_choices}, not {len(prompts) * n}")
+        for prompt in prompts:
+            self.engine.info.check(prompt, params)
+        user = body.user or ""
+        self.engine.check_room(user, len(prompts) * n)
+        choices: list[Choice] = []
+        for prompt in prompts:
+            for i in range(n):
+                seeded = params if params.seed is None or n == 1 else replace(params, seed=(params.seed + i) & MAX_SEED)
+                stream = self.engine.submit(
+                    prompt,
+                    seeded,
+                    priority=body.priority,
+                    user=user,
+                    salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
+                    timeout=min(body.timeout or config.request_seconds, config.request_seconds),
+                )
+                choices.append(self._choice(len(choices), prompt, seeded, stream))
+        self.recent.add(request_id, [choice.stream for choice in choices])
+        return choices
+
+    def _choice(self, index: int, prompt: list[int], params: SamplingParams, stream: TokenStream) -> Choice:
+        stop_token_ids = self.engine.info.stop_token_ids(params)
+        reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids)
+        return Choice(index=index, prompt=prompt, stream=stream, reader=reader, engine=self.engine)
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody chose and nobody can guess."""
+    return f"{prefix}-{uuid4().hex}"
+
+
+def as_template_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it: content is text, arguments of calls are objects."""
+    plain = message.model_dump(exclude_none=True, exclude={"annotations"})
+    plain["role"] = "system" if message.role == "developer" else message.role
+    plain["content"] = message.text or ""
+    for call in plain.get("tool_calls", ()):
+        with suppress(ValueError, RecursionError):  # what is no JSON stays text
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return plain
+
+
+async def merged(choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
+    """Pieces of all choices as they come."""
+    if len(choices) == 1:
+        while choices[0].finish_reason is None:
+            yield await choices[0].take()
+        return
+    tasks = {asyncio.ensure_future(choice.take()): choice for choice in choices}
+    try:
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in tasks if task in done]:
+                choice = tasks.pop(task)
+                yield task.result()
+                if choice.finish_reason is None:
+                    tasks[asyncio.ensure_future(choice.take())] = choice
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finish_all(choices: Sequence[Choice]) -> None:
+    """Wait for every choice. Whatever happens, none is left running."""
+    try:
+        async for _ in merged(choices):
+            pass
+    finally:
+        abort_all(choices)
+
+
+def abort_all(choices: Sequence[Choice]) -> None:
+    """End what has not ended."""
+    for choice in choices:
+        choice.abort()
