@@ -60,6 +60,9 @@ class BenchEngine(Protocol):
     def run(self, workload: Workload) -> int:
         """Complete the workload; the number of tokens that came out."""
 
+    def set_ups(self) -> dict[str, int]:
+        """How often that happened which should end with warming up, by the names of `Metrics`; nothing if unknown."""
+
     def close(self) -> None:
         """Give the memory back."""
 
@@ -87,6 +90,10 @@ class OwnEngine:
         ]
         outputs = self._llm.generate(workload.prompts, params)
         return sum(len(output.token_ids) for output in outputs)
+
+    def set_ups(self) -> dict[str, int]:
+        metrics = self._llm.engine.metrics
+        return {"jit_compiles": metrics.jit_compiles, "graph_captures": metrics.graph_captures}
 
     def close(self) -> None:
         self._llm.close()
@@ -159,6 +166,9 @@ class TransformersEngine:
                 num_left, num_tokens = num_left - 1, num_tokens + len(result.generated_tokens)
         return num_tokens
 
+    def set_ups(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         self._stack.close()
         del self._model, self._manager
@@ -199,6 +209,9 @@ class VLLMEngine:
         prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def set_ups(self) -> dict[str, int]:
+        return {}
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

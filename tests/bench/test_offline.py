@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -17,6 +18,7 @@ from minillm.config import Configs, EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.checkpoint_config import config_from_folder
 from minillm.model.sources import load_config, resolve
+from minillm.runtime.runner import Runner
 
 TINY = Configs.TINY_LLAMA
 
@@ -110,6 +112,23 @@ def test_two_engines_and_two_workloads_in_one_run(
         for row in line["results"]:
             assert sorted(row["runs"])[1] == row["seconds"] and row[share] > 0
             assert f"│ {row['engine']} " in printed
+        assert [line["results"][0][key] for key in ("jit_compiles", "graph_captures")] == [0, 0]
+        assert "jit_compiles" not in line["results"][1]
+    assert printed.count("minillm was warm") == 2
+
+
+def test_what_was_compiled_in_the_measured_part_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A runner that compiles a kernel whenever it is asked how many there were: twice for a workload."""
+    counts = itertools.count(5)
+    monkeypatch.setattr(Runner, "num_compiles", property(lambda self: next(counts)))
+    config = EngineConfig(device="cpu", dtype="float32", num_kv_blocks=64)
+    [line] = offline.run(
+        workloads=["bs1"], model="random:tiny-llama", config=config, input_len=8, output_len=2, repeats=1
+    )
+    assert line["results"][0]["jit_compiles"] == 1
+    assert "not warm: 1 kernels compiled" in " ".join(capsys.readouterr().out.split())
 
 
 def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> None:
