@@ -381,6 +381,17 @@ def bench_profile(
     gpu_profile.run(model=model, workload=workload, max_tokens=max_tokens, config=config, picture=picture)
 
 
+@bench.command("staircase")
+def bench_staircase(
+    model: ModelOption = "random:qwen3-0.6b",
+    max_tokens: Annotated[int, typer.Option(help="Largest step that is measured.")] = 2048,
+) -> None:
+    """Time of a layer's matrix products by the tokens of a step."""
+    from minillm.bench import staircase
+
+    staircase.run(model=model, max_tokens=max_tokens)
+
+
 @bench.command("scheduler")
 def bench_scheduler() -> None:
     """Host time of one step's plan and update."""

@@ -11,6 +11,7 @@ Shapes: T tokens, R rows, L rows of logits, D hidden size; padding included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes
 
+STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2049, 256))
+"""Tokens that mixed steps are padded to."""
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 """(is_random, is_filtered)."""
 
@@ -64,17 +67,16 @@ def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> PaddedShape
     PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), mixed_sizes=(64, 128, 256, 384), num_rows=25)
     """
     rows = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_num_seqs + 32, 32)]
-    tokens = [64, *range(128, 1024, 128), *range(1024, 2049, 256)]
     decode_sizes = reaching(rows, max_num_seqs)
     # A row more than any decode step has: an odd number, which never is a number of tokens.
     return PaddedShapes(
         decode_sizes=decode_sizes,
-        mixed_sizes=reaching(tokens, max_num_batched_tokens),
+        mixed_sizes=reaching(STEP_TOKENS, max_num_batched_tokens),
         num_rows=decode_sizes[-1] + 1,
     )
 
 
-def reaching(sizes: list[int], largest: int) -> tuple[int, ...]:
+def reaching(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
     """Those of the ascending `sizes` up to the first that is not below `largest`."""
     return tuple(size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < largest)
 

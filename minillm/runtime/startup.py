@@ -17,7 +17,7 @@ from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import PaddedShapes
-from minillm.runtime.cuda_graphs import padded_shapes, padding, run_each_shape
+from minillm.runtime.cuda_graphs import STEP_TOKENS, padded_shapes, padding, run_each_shape
 from minillm.runtime.kv_cache import (
     CPU_CACHE_BYTES,
     MemoryBudget,
@@ -43,7 +43,7 @@ class DeviceDefaults:
     soft_cap: int
     """Equivalent tokens of a step while rows decode: what keeps the gaps between tokens even."""
     tile_steps: tuple[int, ...]
-    """Step sizes at the edge of a stair of matrix-product time."""
+    """Step sizes at the edge of a stair of matrix-product time; on a GPU those that steps are padded to."""
 
 
 GPU_DEFAULTS = DeviceDefaults(
@@ -51,7 +51,7 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=256,
     block_size=16,
     soft_cap=1024,
-    tile_steps=(64, 128, *range(256, 8193, 256)),
+    tile_steps=(*STEP_TOKENS, *range(2304, 8193, 256)),
 )
 CPU_DEFAULTS = DeviceDefaults(max_num_batched_tokens=512, max_num_seqs=64, block_size=16, soft_cap=128, tile_steps=())
 
