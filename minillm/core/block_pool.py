@@ -20,6 +20,8 @@ class BlockPool:
         self.ref_counts = array("i", [0]) * num_blocks
         self.block_of: dict[bytes, int] = {}
         self.key_of: dict[int, bytes] = {}
+        self.num_shared = 0
+        """Blocks with more than one reference."""
         self._empty = array("i", range(num_blocks - 1, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
 
@@ -27,6 +29,11 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that can be taken."""
         return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Those of them that a prompt may still find."""
+        return len(self._cached)
 
     def take(self, num: int) -> array[int]:
         """`num` blocks, each with one reference; the caller has checked `num_free`."""
@@ -47,6 +54,8 @@ class BlockPool:
         for block in blocks:
             if self.ref_counts[block] == 0:
                 del self._cached[block]
+            elif self.ref_counts[block] == 1:
+                self.num_shared += 1
             self.ref_counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -59,6 +68,8 @@ class BlockPool:
                     self._cached[block] = None
                 else:
                     self._empty.append(block)
+            elif ref_counts[block] == 1:
+                self.num_shared -= 1
 
     def count_unused(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` nothing refers to: sharing one of them takes it from the free ones."""
@@ -74,6 +85,7 @@ class BlockPool:
     def check_invariants(self, ref_counts: array[int]) -> None:
         """Assert that `ref_counts`, counted by the caller, are ours, and that each block is in one place."""
         assert ref_counts == self.ref_counts, "reference counts differ from block tables and holds"
+        assert self.num_shared == sum(count > 1 for count in ref_counts), "shared blocks are miscounted"
         free = sorted([*self._empty, *self._cached])
         assert free == [b for b in range(1, len(ref_counts)) if ref_counts[b] == 0], "free blocks are not unused"
         assert {b: k for k, b in self.block_of.items()} == self.key_of, "keys and blocks do not match"

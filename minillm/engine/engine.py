@@ -15,6 +15,7 @@ from minillm.core.scheduler import Scheduler
 from minillm.engine.info import EngineInfo
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
 from minillm.engine.metrics import Metrics
+from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
 from minillm.types import MAX_SEED, MIN_TEMPERATURE, FinishReason, SamplingParams, Timings
 
@@ -78,6 +79,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
+        self.timeline = Timeline(scheduler)
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
@@ -144,6 +146,7 @@ class Engine:
         self.scheduler.add(request)
         generation = Generation(request, params)
         self._live[request.number] = generation
+        self.timeline.add(request, generation.timings)
         self._metrics.num_requests += 1
         return generation
 
@@ -157,7 +160,7 @@ class Engine:
 
         Raises EngineError, with every request ended as `error`, if the step fails.
         """
-        before = self._in_flight
+        before, start = self._in_flight, self.clock()
         try:
             done = self._advance(self.scheduler, self.runner, self.clock, self._in_flight)
         except Exception as failure:
@@ -167,6 +170,10 @@ class Engine:
         if done.result is not None:
             self._count_applied(done.planned if before is None else before.plan)
         now = self.clock()
+        if done.planned is not None:
+            self.timeline.plan(done.planned, start)
+        if done.result is not None:
+            self.timeline.apply(done.result, now)
         changed = [self._live[request.number] for request in done.changed]
         for generation in changed:
             self._note(generation, now)
@@ -198,6 +205,7 @@ class Engine:
         generation.note(now, self._num_applied, self._num_computed)
         if generation.finish_reason is not None:
             del self._live[generation.request.number]
+            self.timeline.end(generation.request.number, now)
             metrics, timings = self._metrics, generation.timings
             metrics.num_finished += 1
             metrics.num_prompt_tokens += timings.num_prompt_tokens
