@@ -317,6 +317,19 @@ def pull(
     print(fetch(model, verify=True))
 
 
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A flight recording, as a server's /recording gives it.")],
+) -> None:
+    """Run a recorded schedule again and say where it differs, with exit status 1 if it does."""
+    from minillm.engine import replay as player
+
+    found = player.replay(player.load(file))
+    print(found.difference or f"{found.num_steps} steps were planned as they were recorded")
+    if found.difference is not None:
+        raise typer.Exit(1)
+
+
 @bench.command("offline")
 @with_fields(EngineConfig, "config", enable_prefix_caching=False)
 def bench_offline(

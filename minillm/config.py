@@ -63,6 +63,8 @@ class EngineConfig:
     """Plan the next step while the device runs this one; False waits for each step."""
     seed: int = 0
     """Draws the seeds of requests that bring none, and random weights."""
+    recorded_steps: int = 512
+    """Steps that the flight recorder keeps at least, without contents; 0 turns it off."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -85,6 +87,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, not {shown(getattr(self, name))}")
         if not is_int_in(self.seed, 0, MAX_SEED):
             raise ConfigError(f"seed must be an integer from 0 to 2**63-1, not {shown(self.seed)}")
+        if not is_int_in(self.recorded_steps, 0, 2**20):
+            raise ConfigError(f"recorded_steps must be an integer from 0 to {2**20}, not {shown(self.recorded_steps)}")
         if not self.enable_chunked_prefill and self.max_chunk_size is not None:
             raise ConfigError("max_chunk_size means nothing without chunked prefill: leave it out, or chunk prompts")
 

@@ -146,7 +146,7 @@ class Engine:
         self.scheduler.add(request)
         generation = Generation(request, params)
         self._live[request.number] = generation
-        self.timeline.add(request, generation.timings)
+        self.timeline.add(request, generation.timings, self.clock())
         self._metrics.num_requests += 1
         return generation
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from minillm.config import EngineConfig, ModelConfig
 from minillm.core.scheduler import Scheduler, SchedulerLimits
 from minillm.engine.engine import Engine
+from minillm.engine.recorder import RecordingScheduler
 from minillm.model.sources import DEFAULT_MODEL, load_config, load_weights, resolve
 from minillm.runtime.runner import Runner
 from minillm.runtime.startup import start_runner
@@ -35,22 +36,22 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
     tokenizer = load_tokenizer(files)
     started = start_runner(config, model_config, lambda model: load_weights(model, files, seed=config.seed))
     sizes = started.sizes
-    scheduler = Scheduler(
-        SchedulerLimits(
-            max_num_batched_tokens=sizes.max_num_batched_tokens,
-            soft_cap=sizes.soft_cap,
-            attention_equivalence=model_config.attention_equivalence,
-            tile_steps=sizes.tile_steps,
-            max_num_seqs=sizes.max_num_seqs,
-            max_model_len=sizes.max_model_len,
-            num_kv_blocks=started.num_kv_blocks,
-            block_size=sizes.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            min_chunk_size=config.min_chunk_size,
-            max_chunk_size=config.max_chunk_size,
-        )
+    limits = SchedulerLimits(
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        soft_cap=sizes.soft_cap,
+        attention_equivalence=model_config.attention_equivalence,
+        tile_steps=sizes.tile_steps,
+        max_num_seqs=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+        num_kv_blocks=started.num_kv_blocks,
+        block_size=sizes.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        min_chunk_size=config.min_chunk_size,
+        max_chunk_size=config.max_chunk_size,
     )
+    num_steps = config.recorded_steps
+    scheduler = RecordingScheduler(limits, num_steps) if num_steps else Scheduler(limits)
     engine = Engine(
         scheduler,
         started.runner,

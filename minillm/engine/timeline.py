@@ -113,10 +113,20 @@ class Timeline:
         self._wait_steps, self._wait_seconds = dict.fromkeys(REASONS, 0), dict.fromkeys(REASONS, 0.0)
         self._waiting_for, self._waiting_since = "", 0.0
 
-    def add(self, request: Request, timings: Timings) -> None:
-        """A request was queued."""
+    def add(self, request: Request, timings: Timings, now: float) -> None:
+        """A request was queued; it may have come some steps ago."""
         story = Story(request.number, timings, request, queued=request.arrival)
-        story.before = self._waits(request.arrival)
+        steps, seconds = dict.fromkeys(REASONS, 0), dict.fromkeys(REASONS, 0.0)
+        end = now
+        for record in reversed(self.steps):
+            if end <= request.arrival:
+                break
+            for wait in record.plan.waits:
+                steps[wait.reason] += record.planned >= request.arrival
+                seconds[wait.reason] += end - max(record.planned, request.arrival)
+            end = record.planned
+        waits = zip(REASONS, self._waits(now), strict=True)
+        story.before = tuple((num - steps[name], time - seconds[name]) for name, (num, time) in waits)
         self.live[request.number] = story
 
     def end(self, number: int, now: float) -> Story:

@@ -12,7 +12,9 @@ from tests.core.builders import limits_of, result_of
 
 
 class Clockwork:
-    """Clock and runner in one; `seconds_of` says what a step takes."""
+    """Clock and runner in one."""
+
+    num_compiles = num_captures = 0
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -78,6 +78,23 @@ def test_a_request_that_comes_during_a_step_waits_for_its_end() -> None:
     assert account_of(engine, late.request.number)["waits"] == {"step": {"steps": 0, "seconds": pytest.approx(0.25)}}
 
 
+def test_time_before_the_engine_had_the_request_counts_by_what_its_queue_waited_for_then() -> None:
+    """A front end may hold requests back, for a fair order of its own."""
+    engine = engine_of(max_num_seqs=1)
+    for _ in range(2):
+        add(engine, 10, 3)
+    arrival = engine.clock() + 1.05
+    for _ in range(2):
+        engine.step()
+    late = engine.add([7] * 5, SamplingParams(max_tokens=2), arrival=arrival)
+    run(engine)
+    account = account_of(engine, late.request.number)
+    assert account["waits"]["rows"] == {"steps": 5, "seconds": pytest.approx(0.05 + 4 * 1.01 + 1.1)}
+    assert account["waits"]["step"]["seconds"] == pytest.approx(0.0)
+    assert account["seconds"]["queue"] == pytest.approx(account["waits"]["rows"]["seconds"])
+    assert account["behind"][0]["requests"] == [2, 1]
+
+
 def test_chunks_and_the_steps_shared_with_them() -> None:
     engine = engine_of(max_num_batched_tokens=32)
     add(engine, 8, 20)

@@ -1,0 +1,168 @@
+"""Flight recorder: a scheduler that notes all that is asked of it and what it planned, for the last steps. No contents.
+
+The record is in segments. Each begins with the scheduler's whole state, so that a replay can begin there; when it is
+full the one before it is dropped. `minillm replay` (`replay.py`) runs a recording through the scheduler again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minillm.core.budget import SchedulerLimits
+from minillm.core.plan import StepPlan, StepResult
+from minillm.core.request import Request
+from minillm.core.scheduler import Scheduler
+from minillm.engine.snapshot import STOP_TOKEN, Keys, encode, freeze
+from minillm.types import FinishReason
+
+__all__ = ["FORMAT", "RecordingScheduler", "plan_columns"]
+
+FORMAT = "minillm-recording-1"
+
+
+@dataclass(slots=True)
+class Segment:
+    """A state, and what came after it."""
+
+    state: Any
+    in_flight: list[StepPlan]
+    """Plans whose results were still to come."""
+    requests: dict[int, tuple[list[bytes], Set[int]]]
+    """By number: the keys of its blocks, a list that grows, and the tokens that end it."""
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+class RecordingScheduler(Scheduler):
+    """A scheduler and its record of at least the last `num_steps` steps, about twice as many at most."""
+
+    def __init__(self, limits: SchedulerLimits, num_steps: int) -> None:
+        super().__init__(limits)
+        self._recording = Recording(num_steps)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, as any scheduler does."""
+        self._recording.note(self, request, ("add", freeze(request)))
+        super().add(request)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Queue a fork, as any scheduler does."""
+        self._recording.note(self, child, ("fork", parent.number, freeze(child)))
+        super().fork(parent, child)
+        self._recording.know(child)  # its keys are a list of their own by now
+
+    def finish(self, number: int, reason: FinishReason) -> Request | None:
+        """End a request, as any scheduler does."""
+        self._recording.note(self, None, ("finish", number, reason))
+        return super().finish(number, reason)
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """Plan a step, as any scheduler does."""
+        plan = super().schedule(now)
+        if plan is not None or self.has_work:
+            self._recording.events.append(("schedule", plan))
+        if plan is not None:
+            self._recording.in_flight.append(plan)
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Apply a result, as any scheduler does."""
+        changed = super().update(plan, result)
+        recording = self._recording
+        recording.events.append(("update", result))
+        recording.in_flight = [other for other in recording.in_flight if other.step != plan.step]
+        recording.turn_over(self)
+        return changed
+
+    def recording(self) -> dict[str, Any]:
+        """The record as values that JSON has: ids, sizes and times. To be called between two steps."""
+        return self._recording.as_dict()
+
+
+class Recording:
+    """The segments of one scheduler."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.in_flight: list[StepPlan] = []
+        self._num_steps = num_steps
+        self._segments: list[Segment] = []
+
+    @property
+    def events(self) -> list[tuple[Any, ...]]:
+        """Those of the segment that is being written."""
+        return self._segments[-1].events
+
+    def note(self, scheduler: Scheduler, request: Request | None, event: tuple[Any, ...]) -> None:
+        """Add what is about to be asked of the scheduler; `request` is new to it."""
+        if not self._segments:
+            self._begin(scheduler)
+        self.events.append(event)
+        if request is not None:
+            self.know(request)
+
+    def know(self, request: Request) -> None:
+        """Remember what of a request is needed to replay it."""
+        self._segments[-1].requests[request.number] = (request.keys, request.stop_token_ids)
+
+    def turn_over(self, scheduler: Scheduler) -> None:
+        """Begin another segment if this one is full: a step is two events, planned and applied."""
+        if len(self.events) >= 2 * self._num_steps:
+            self._begin(scheduler)
+
+    def _begin(self, scheduler: Scheduler) -> None:
+        state = freeze(scheduler, leave_out="_recording")
+        requests: dict[int, tuple[list[bytes], Set[int]]]
+        requests = {r.number: (r.keys, r.stop_token_ids) for r in scheduler._live.values()}
+        self._segments = [*self._segments[-1:], Segment(state, list(self.in_flight), requests)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All segments as one: the state at the beginning, and all events since."""
+        keys, events = Keys(), []
+        known: dict[int, tuple[list[bytes], Set[int]]] = {}
+        plans: dict[int, StepPlan] = {}
+        first = self._segments[0] if self._segments else None
+        for segment in self._segments:
+            known |= segment.requests
+        for plan in first.in_flight if first else ():
+            plans[plan.step] = plan
+        for segment in self._segments:
+            for event in segment.events:
+                if event[0] == "schedule" and event[1] is not None:
+                    plans[event[1].step] = event[1]
+                events.append(encode_event(event, plans, known, keys))
+        return {
+            "format": FORMAT,
+            "state": encode(first.state, keys) if first else None,
+            "in_flight": [plan_columns(plan) for plan in first.in_flight] if first else [],
+            "events": events,
+            "keys": {str(number): [keys.number(key) for key in list(of)] for number, (of, _) in known.items()},
+        }
+
+
+def encode_event(
+    event: tuple[Any, ...], plans: dict[int, StepPlan], known: dict[int, tuple[list[bytes], Set[int]]], keys: Keys
+) -> list[Any]:
+    """An event for JSON; of a result's tokens only whether each ends its request."""
+    kind, *values = event
+    if kind == "schedule":
+        return [kind, None if values[0] is None else plan_columns(values[0])]
+    if kind != "update":
+        return [kind, *(encode(value, keys) for value in values)]
+    result: StepResult = values[0]
+    tokens, at = [], 0
+    for number, gain in zip(plans[result.step].requests, result.counts, strict=True):
+        stop_token_ids = known[number][1] if number in known else ()  # void: it ended before the record begins
+        tokens += [STOP_TOKEN if token in stop_token_ids else 0 for token in result.tokens[at : at + gain]]
+        at += gain
+    return [kind, result.step, list(result.counts), tokens, list(result.failed)]
+
+
+def plan_columns(plan: StepPlan) -> dict[str, Any]:
+    """A plan for JSON and for comparison: its columns, but of its tokens only their number."""
+    columns = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    columns |= {name: list(value) for name, value in columns.items() if hasattr(value, "itemsize")}
+    columns["tokens"] = len(plan.tokens)
+    columns["seats"] = [[seat.row, seat.request, list(seat.blocks)] for seat in plan.seats]
+    columns["waits"] = [[wait.request, wait.reason, list(wait.behind)] for wait in plan.waits]
+    return columns
