@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from minillm.core.plan import RowParams, StepPlan
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
+from minillm.engine.figures import Figures
 from minillm.engine.info import EngineInfo
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
 from minillm.engine.metrics import Metrics
@@ -79,7 +80,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
-        self.timeline = Timeline(scheduler)
+        self.timeline, self.figures = Timeline(scheduler), Figures()
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
@@ -103,6 +104,10 @@ class Engine:
         metrics.kv_usage, metrics.kv_utilization = scheduler.kv_usage, scheduler.kv_utilization
         metrics.jit_compiles, metrics.graph_captures = self.runner.num_compiles, self.runner.num_captures
         return metrics
+
+    def live_timings(self) -> list[Timings]:
+        """Those of the requests that have not ended."""
+        return [generation.timings for generation in self._live.values()]
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if this request can never be served; change nothing."""
@@ -206,6 +211,7 @@ class Engine:
         if generation.finish_reason is not None:
             del self._live[generation.request.number]
             self.timeline.end(generation.request.number, now)
+            self.figures.note_end(generation.timings, generation.params.max_tokens, generation.finish_reason)
             metrics, timings = self._metrics, generation.timings
             metrics.num_finished += 1
             metrics.num_prompt_tokens += timings.num_prompt_tokens
@@ -217,6 +223,7 @@ class Engine:
         metrics = self._metrics
         if done.planned is not None:
             metrics.num_steps += 1
+            self.figures.note_step(done.planned.num_batched_tokens)
             metrics.num_batched_tokens += done.planned.num_batched_tokens
         if done.result is not None:
             metrics.device_seconds += done.result.seconds
