@@ -6,22 +6,18 @@ Torch is imported by the command that needs it, so help and errors in the comman
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
-import inspect
 import math
 import os
 import signal
 import statistics
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import Field, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from minillm import __version__
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, MiniLLMError, RequestError
+from minillm.options import with_fields
 from minillm.server.config import ServerConfig
 from minillm.types import RequestOutput, SamplingParams
 
@@ -59,58 +56,6 @@ def main() -> None:
     except MiniLLMError as error:
         print(f"minillm: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, as one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs, name = {}, ""
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            docs[name] = " ".join(str(node.value.value).split())
-            name = ""
-    return docs
-
-
-def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspect.Parameter:
-    """A dataclass field as a parameter that Typer makes an option of; of a field's several forms, the list."""
-    kind = next((form for form in get_args(hint) if get_origin(form) is list), hint)
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None if field.default == () else field.default,
-        annotation=Annotated[kind, typer.Option(help=help_text, rich_help_panel=panel)],
-    )
-
-
-def with_fields(config: type, argument: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's parameter `argument` by one option per field of a dataclass.
-
-    The command gets `argument` as an instance of `config`. `defaults` replaces the fields' own; a field whose name the
-    command uses already is left out.
-    """
-    docs, hints, panel = field_docs(config), get_type_hints(config), f"{config.__name__} options"
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        others = [p for name, p in signature.parameters.items() if name != argument]
-        names = [field.name for field in fields(config) if field.name not in signature.parameters]
-        options = [option_of(f, hints[f.name], docs[f.name], panel) for f in fields(config) if f.name in names]
-        options = [p.replace(default=defaults.get(p.name, p.default)) for p in options]
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            values = {name: given.pop(name) for name in names}
-            command(**given, **{argument: config(**{k: v for k, v in values.items() if v is not None})})
-
-        run.__signature__ = signature.replace(parameters=[*others, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*others, *options]}
-        return run
-
-    return decorate
 
 
 @contextmanager

@@ -35,13 +35,14 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "server": {"engine", "text", "config", "__version__"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
-    "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
+    "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__", "options"},
+    "options": set(),
     "__main__": {"cli"},
     "": {"llm", "config"} | SHARED,  # the package itself: public names only
 }
 STDLIB_ONLY = ("errors", "types", "config", "core")
 NO_TORCH = ("text", "analysis", "server")  # anywhere in the file
-STARTS_WITHOUT_TORCH = ("", "cli", "__main__")  # so that `minillm --help` answers at once
+STARTS_WITHOUT_TORCH = ("", "cli", "options", "__main__")  # so that `minillm --help` answers at once
 TEST_LIBRARIES = {"transformers", "vllm", "pytest", "hypothesis"}  # a bench may import the first two when it runs
 
 FILES = python_files("minillm")

@@ -17,6 +17,7 @@ import pytest
 from minillm import cli
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, RequestError
+from minillm.options import field_docs
 from minillm.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams, Timings
 
 
@@ -130,7 +131,7 @@ def test_options_reach_the_configs(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("config", [EngineConfig, SamplingParams])
 def test_every_field_has_help(config: type) -> None:
-    docs = cli.field_docs(config)
+    docs = field_docs(config)
     assert list(docs) == [field.name for field in fields(config)]
     assert all(docs.values())
 

@@ -1,0 +1,67 @@
+"""Fields of a dataclass as options of a command, with the docstring under each field as help. It knows no command."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+__all__ = ["field_docs", "with_fields"]
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, as one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs, name = {}, ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            docs[name] = " ".join(str(node.value.value).split())
+            name = ""
+    return docs
+
+
+def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspect.Parameter:
+    """A dataclass field as a parameter that Typer makes an option of; of a field's several forms, the list."""
+    kind = next((form for form in get_args(hint) if get_origin(form) is list), hint)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if field.default == () else field.default,
+        annotation=Annotated[kind, typer.Option(help=help_text, rich_help_panel=panel)],
+    )
+
+
+def with_fields(config: type, argument: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter `argument` by one option per field of a dataclass.
+
+    The command gets `argument` as an instance of `config`. `defaults` replaces the fields' own; a field whose name the
+    command uses already is left out.
+    """
+    docs, hints, panel = field_docs(config), get_type_hints(config), f"{config.__name__} options"
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        others = [p for name, p in signature.parameters.items() if name != argument]
+        names = [field.name for field in fields(config) if field.name not in signature.parameters]
+        options = [option_of(f, hints[f.name], docs[f.name], panel) for f in fields(config) if f.name in names]
+        options = [p.replace(default=defaults.get(p.name, p.default)) for p in options]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {name: given.pop(name) for name in names}
+            command(**given, **{argument: config(**{k: v for k, v in values.items() if v is not None})})
+
+        run.__signature__ = signature.replace(parameters=[*others, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*others, *options]}
+        return run
+
+    return decorate
