@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.core.scheduler import Scheduler, SchedulerLimits
+from minillm.engine.driver import EngineDriver
 from minillm.engine.engine import Engine
 from minillm.engine.recorder import RecordingScheduler
 from minillm.model.sources import DEFAULT_MODEL, load_config, load_weights, resolve
@@ -13,7 +14,7 @@ from minillm.runtime.runner import Runner
 from minillm.runtime.startup import start_runner
 from minillm.text.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DEFAULT_MODEL", "Launched", "launch"]
+__all__ = ["DEFAULT_MODEL", "Launched", "launch", "launch_driver"]
 
 
 @dataclass(kw_only=True)
@@ -61,3 +62,8 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
         seed=config.seed,
     )
     return Launched(engine=engine, runner=started.runner, tokenizer=tokenizer, model_config=model_config)
+
+
+def launch_driver(model_name: str, config: EngineConfig) -> EngineDriver:
+    """The same for a front end that reaches the engine through a Link. Raises what `launch` raises."""
+    return EngineDriver(launch(model_name, config).engine)

@@ -13,12 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minillm.config import ModelConfig, RopeScaling
 from minillm.errors import CheckpointError, ConfigError
 from minillm.model.gguf import ROPE_DIVISORS, GGUFFile
-from minillm.model.rotary import llama3_divisors
 
 __all__ = ["config_from_folder", "config_from_gguf"]
 
@@ -270,6 +267,10 @@ def gguf_scaling(own: Mapping[str, Any]) -> RopeScaling | None:
 
 def llama3_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling:
     """Llama 3.1's rule, recovered from the divisors that a GGUF stores, and checked against all of them."""
+    import torch
+
+    from minillm.model.rotary import llama3_divisors
+
     divisors = torch.from_numpy(file.array(ROPE_DIVISORS).copy()).flatten()
     scaling = RopeScaling(kind="llama3", factor=float(divisors.max()), original_max_position=8192)
     expected = llama3_divisors(config, scaling)

@@ -12,14 +12,16 @@ import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from minillm.errors import CheckpointError
-from minillm.model.stored import DENSE, StoredTensor
+
+if TYPE_CHECKING:
+    from minillm.model.stored import StoredTensor
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -93,6 +95,8 @@ class GGUFFile:
 
     def stored(self) -> Iterator[StoredTensor]:
         """Every tensor of the model under its Hugging Face name, query and key rows in the Hugging Face order."""
+        from minillm.model.stored import DENSE, StoredTensor  # torch, which reading metadata does without
+
         is_permuted = self.architecture in PERMUTED_ARCHITECTURES
         for info in self.tensors.values():
             if info.name == ROPE_DIVISORS:  # part of the config

@@ -1,6 +1,6 @@
 """From a model's name to its files, config and weights: folders, .gguf files, `smollm2`, hub ids and `random:NAME`.
 
-It knows where models come from, not how they run.
+It knows where models come from, not how they run, and imports torch only to load weights.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minillm.config import Configs, ModelConfig
 from minillm.errors import CheckpointError, DownloadError, ModelNotFoundError
 from minillm.model.checkpoint_config import config_from_folder, config_from_gguf
 from minillm.model.download import SMOLLM2, Progress, cached_path, fetch, is_intact
 from minillm.model.gguf import GGUFFile
-from minillm.model.transformer import Transformer
-from minillm.model.weights import fill_random, fill_stored, read_safetensors
+
+if TYPE_CHECKING:
+    from minillm.model.transformer import Transformer
 
 __all__ = ["DEFAULT_MODEL", "ModelFiles", "default_cache_dir", "load_config", "load_weights", "pull", "resolve"]
 
@@ -135,6 +136,8 @@ def load_config(files: ModelFiles) -> ModelConfig:
 
 def load_weights(model: Transformer, files: ModelFiles, *, seed: int = 0) -> None:
     """Fill a model that was built from `load_config(files)`; `seed` draws random weights. Raises CheckpointError."""
+    from minillm.model.weights import fill_random, fill_stored, read_safetensors
+
     if files.kind == "random":
         fill_random(model, seed)
     elif files.kind == "gguf":

@@ -16,6 +16,7 @@ from minillm.engine.async_engine import AsyncEngine, AsyncLimits
 from minillm.engine.driver import EngineDriver
 from minillm.engine.front import load_front_tokenizer
 from minillm.engine.links import Link, ThreadLink
+from minillm.engine.remote import ProcessLink
 from minillm.errors import ConfigError
 from minillm.server.app import create_app
 from minillm.server.config import ServerConfig
@@ -56,18 +57,20 @@ async def open_service(model: str, engine: EngineConfig, config: ServerConfig) -
     limits = AsyncLimits(
         max_waiting=config.max_waiting, max_per_user=config.max_per_user, stall_seconds=config.stall_seconds
     )
-    async_engine = AsyncEngine(link_to(model, engine), limits)
+    async_engine = AsyncEngine(link_to(model, engine, config), limits)
     await async_engine.open()
     return Service(async_engine, tokenizer, config.served_model_name or model, config)
 
 
-def link_to(model: str, config: EngineConfig) -> Link:
+def link_to(model: str, engine: EngineConfig, config: ServerConfig) -> Link:
     """The way to an engine that is still to be started."""
+    if config.engine_process:
+        return ProcessLink(model, engine)
 
     def start() -> EngineDriver:
-        from minillm.engine.launch import launch
+        from minillm.engine.launch import launch_driver
 
-        return EngineDriver(launch(model, config).engine)
+        return launch_driver(model, engine)
 
     return ThreadLink(start)
 

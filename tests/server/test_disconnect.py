@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minillm.config import EngineConfig
+from minillm.server.config import ServerConfig
 from tests.server.live import Live, serving
 
 ENGINE = EngineConfig(
@@ -25,9 +26,9 @@ LONG = {"max_tokens": 1900, "ignore_eos": True}
 Row = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(engine=ENGINE) as server:
+@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
+def live(request: pytest.FixtureRequest) -> Iterator[Live]:
+    with serving(engine=ENGINE, config=ServerConfig(port=0, engine_process=request.param)) as server:
         yield server
 
 
