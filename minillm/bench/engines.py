@@ -60,7 +60,7 @@ class BenchEngine(Protocol):
     def run(self, workload: Workload) -> int:
         """Complete the workload; the number of tokens that came out."""
 
-    def set_ups(self) -> dict[str, int]:
+    def one_offs(self) -> dict[str, int]:
         """How often that happened which should end with warming up, by the names of `Metrics`; nothing if unknown."""
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class OwnEngine:
         outputs = self._llm.generate(workload.prompts, params)
         return sum(len(output.token_ids) for output in outputs)
 
-    def set_ups(self) -> dict[str, int]:
+    def one_offs(self) -> dict[str, int]:
         metrics = self._llm.engine.metrics
         return {"jit_compiles": metrics.jit_compiles, "graph_captures": metrics.graph_captures}
 
@@ -166,7 +166,7 @@ class TransformersEngine:
                 num_left, num_tokens = num_left - 1, num_tokens + len(result.generated_tokens)
         return num_tokens
 
-    def set_ups(self) -> dict[str, int]:
+    def one_offs(self) -> dict[str, int]:
         return {}
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ class VLLMEngine:
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    def set_ups(self) -> dict[str, int]:
+    def one_offs(self) -> dict[str, int]:
         return {}
 
     def close(self) -> None:

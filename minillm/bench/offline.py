@@ -44,7 +44,7 @@ class Measured:
     dtype: torch.dtype
     reads_codes: bool
     seconds: list[float]
-    set_ups: dict[str, int]
+    one_offs: dict[str, int]
     """Kernels compiled and graphs captured in that time, if the engine counts them: none, or the times are too long."""
 
     @property
@@ -124,10 +124,10 @@ def taking_turns(job: Job, engines: Sequence[str], num_runs: Mapping[str, int]) 
             for engine in loaded:
                 engine.prepare(workload)
                 engine.run(warm_up(workload))
-            before = [engine.set_ups() for engine in loaded]
+            before = [engine.one_offs() for engine in loaded]
             seconds = [[timed(engine, workload) for engine in loaded] for _ in range(num_runs[workload.name])]
-            set_ups = [since(engine.set_ups(), each) for engine, each in zip(loaded, before, strict=True)]
-            for name, engine, times, each in zip(engines, loaded, zip(*seconds, strict=True), set_ups, strict=True):
+            one_offs = [since(engine.one_offs(), each) for engine, each in zip(loaded, before, strict=True)]
+            for name, engine, times, each in zip(engines, loaded, zip(*seconds, strict=True), one_offs, strict=True):
                 yield Measured(
                     engine=name,
                     workload=workload.name,
@@ -135,7 +135,7 @@ def taking_turns(job: Job, engines: Sequence[str], num_runs: Mapping[str, int]) 
                     dtype=engine.dtype,
                     reads_codes=engine.reads_codes,
                     seconds=list(times),
-                    set_ups=each,
+                    one_offs=each,
                 )
 
 
@@ -182,7 +182,7 @@ def result_row(measured: Measured, workload: Workload, model: ModelConfig, yards
         "runs": [round(s, 4) for s in measured.seconds],
         "output_tok_s": round(num_out / seconds, 1),
         "total_tok_s": round((num_out + workload.num_input_tokens) / seconds, 1),
-        **measured.set_ups,
+        **measured.one_offs,
     }
     if measured.reads_codes:
         return row
@@ -206,7 +206,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def table_of(line: dict[str, Any]) -> Table:
     """The figures for people; the speed-up is over the last engine named."""
     parts = (line["model"], line["workload"], f"{line['statistic']} of {line['num_runs']}", line["machine"]["device"])
-    captions = [f"speed-up over {line['results'][-1]['engine']}", *filter(None, map(set_up_note, line["results"]))]
+    captions = [f"speed-up over {line['results'][-1]['engine']}", *filter(None, map(one_off_note, line["results"]))]
     table = Table(title=" · ".join(parts), caption="; ".join(captions))
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "engine": lambda row: str(row["engine"]),
@@ -224,10 +224,10 @@ def table_of(line: dict[str, Any]) -> Table:
     return table
 
 
-def set_up_note(row: dict[str, Any]) -> str:
+def one_off_note(row: dict[str, Any]) -> str:
     """What an engine did in the measured time that it should have done before; empty if it does not say.
 
-    >>> set_up_note({"engine": "minillm", "jit_compiles": 2, "graph_captures": 0})
+    >>> one_off_note({"engine": "minillm", "jit_compiles": 2, "graph_captures": 0})
     'minillm was not warm: 2 kernels compiled, 0 graphs captured'
     """
     if "jit_compiles" not in row:
