@@ -314,6 +314,33 @@ def bench_offline(
     )
 
 
+@bench.command("load")
+@with_fields(EngineConfig, "config", enable_prefix_caching=False)
+def bench_load(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="minillm (the default) or vllm; give it again to compare.")
+    ] = None,
+    model: ModelOption = "random:llama-3.1-8b",
+    qps: Annotated[list[float] | None, typer.Option(help="Requests a second; repeat for more (3 and 6).")] = None,
+    seconds: Annotated[float, typer.Option(help="How long requests arrive, at each rate.")] = 60.0,
+    vllm_budget: Annotated[list[int] | None, typer.Option(help="Tokens of vLLM's steps; repeat (2048).")] = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Latencies under requests that arrive at random; the options below are minillm's, the seed also the arrivals'."""
+    from minillm.bench import load
+
+    prepare(model)
+    load.run(
+        engines=engine or ["minillm"],
+        model=model,
+        rates=qps or [3.0, 6.0],
+        seconds=seconds,
+        vllm_budgets=vllm_budget or [2048],
+        config=config,
+    )
+
+
 @bench.command("kernels")
 def bench_kernels() -> None:
     """Each kernel's time beside what the machine can do."""
