@@ -2,7 +2,7 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, decode_attention, fused, sampling, step_inputs behind it)
+    gpu        Triton (attention, hopper_attention, decode_attention, fused, sampling, step_inputs behind it)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what

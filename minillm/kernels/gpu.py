@@ -26,6 +26,9 @@ __all__ = ["add_rms_norm", "attention", "linear", "rms_norm", "rotary_and_store"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
+HOPPER_TRITON = ("3.6.",)
+"""Versions of Triton with which the Hopper kernel was tested, on a GPU of compute capability 9.0; Gluon's language is
+not stable."""
 
 
 def is_interpreted() -> bool:
@@ -50,6 +53,29 @@ def is_supported(x: Tensor, head_size: int = 2) -> bool:
     else:
         return True
     return False
+
+
+@cache
+def has_hopper_kernel(device: torch.device) -> bool:
+    """Whether `hopper_attention` was tested with this GPU and this Triton."""
+    if device.type != "cuda" or not triton.__version__.startswith(HOPPER_TRITON):
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def suits_hopper_kernel(q_TNH: Tensor, kv_2BKPH: Tensor) -> bool:
+    """Whether `hopper_attention` takes these shapes, and is the faster one for them; lengths play no part."""
+    num_heads, head_size = q_TNH.shape[1:]
+    num_kv_heads, block_size = kv_2BKPH.shape[2:4]
+    group = num_heads // num_kv_heads
+    padded_group = triton.next_power_of_2(group)
+    return (
+        q_TNH.dtype in (torch.bfloat16, torch.float16)
+        and head_size in (64, 128)
+        and block_size in (16, 32, 64, 128)
+        and padded_group <= 64
+        and 8 * group >= 7 * padded_group  # of a group of three a quarter of the work would be padding
+    )
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -122,9 +148,10 @@ def attention(
 ) -> Tensor:
     """Causal attention over the paged cache -> [T, N, H]; tokens that no row owns (padding) are left unwritten.
 
-    Rows of one token, all among the first `num_decodes`, go to the split-KV kernel and the others to Flash Attention 2,
+    Rows of one token, all among the first `num_decodes`, go to the split-KV kernel and the others to Flash Attention,
     or all rows to the latter with `one_launch`. `block_tokens` sets the keys of Flash Attention's tile (a power of two;
     None: measured default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
+    With either the plain Triton kernel is taken also on a Hopper GPU, which else has its own.
     """
     keys: dict[str, Any] = {
         "kv_2BKPH": kv_2BKPH,
@@ -142,5 +169,11 @@ def attention(
     if num_decodes and not one_launch:
         decode_attention(q_TNH, out_TNH, **keys, **bounds)
     if max_query_len > 1 or one_launch:
-        paged_attention(q_TNH, out_TNH, min_queries=1 if one_launch else 2, block_tokens=block_tokens, **keys)
+        is_own_choice = block_tokens is None and not one_launch
+        if is_own_choice and has_hopper_kernel(q_TNH.device) and suits_hopper_kernel(q_TNH, kv_2BKPH):
+            from minillm.kernels.hopper_attention import hopper_attention
+
+            hopper_attention(q_TNH, out_TNH, min_queries=2, **keys)
+        else:
+            paged_attention(q_TNH, out_TNH, min_queries=1 if one_launch else 2, block_tokens=block_tokens, **keys)
     return out_TNH

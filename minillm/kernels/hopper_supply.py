@@ -1,0 +1,228 @@
+"""What the Hopper kernel works on, on its way into shared memory: items are planned, queries, keys and values copied.
+
+A ring is a few buffers that one role fills and others leave, turn by turn: (buffers, barriers `filled`, barriers
+`left`). It knows nothing of what is computed from a tile; shapes are as in `hopper_attention`.
+
+    plan    find the next item, send its fields                            items
+    load    receive them, copy its queries, then its tiles page by page    queries, keys, values
+
+A line is eight slots of one head, [H / 64, 8, 64] in shared memory: so a page is one copy of the copy engine (TMA) and
+a tile still has even strides, as the tensor cores want it.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+# (Gluon functions have no types that Python knows)
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+TILE_KEYS = gl.constexpr(128)
+HALF_ROWS = gl.constexpr(64)
+"""Tile rows of one attending group: what one instruction of a group of four warps multiplies."""
+DEPTH = gl.constexpr(2)
+"""Items, queries, key tiles and value tiles that are in use or on their way."""
+
+NUM_TILES = gl.constexpr(0)  # What an item says, by position; one of no key tiles is the end.
+FIRST_TOKEN = gl.constexpr(1)
+NUM_QUERIES = gl.constexpr(2)  # of the row, from the item's first on
+FIRST_POSITION = gl.constexpr(3)
+NUM_KEYS = gl.constexpr(4)  # of the row
+KV_HEAD = gl.constexpr(5)
+SEAT = gl.constexpr(6)
+NUM_FIELDS = gl.constexpr(8)
+
+
+@triton.constexpr_function
+def shared_layout(rank):
+    """Rows of 128 bytes, 16-byte pieces exchanged within each eight rows, as copy engine and tensor cores want them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+@triton.constexpr_function
+def fields_layout(num_warps):
+    """Each thread has all fields of an item."""
+    return gl.BlockedLayout([8], [32], [num_warps], [0])
+
+
+@gluon.jit
+def make_ring(buffers, NUM_USERS: gl.constexpr):
+    """A ring: buffers that one role fills and NUM_USERS others leave, and a barrier for each of both."""
+    filled = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
+    left = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(DEPTH):
+        mbarrier.init(filled.index(stage), count=1)
+        mbarrier.init(left.index(stage), count=NUM_USERS)
+    return buffers, filled, left
+
+
+@gluon.jit
+def wait_filled(ring, turn, pred=True):
+    """Until the ring's buffer of this turn holds what it is to hold."""
+    mbarrier.wait(ring[1].index(turn % DEPTH), (turn // DEPTH) & 1, pred=pred)
+
+
+@gluon.jit
+def wait_left(ring, turn):
+    """Until all users have left the buffer of this turn, as it was a round ago."""
+    mbarrier.wait(ring[2].index(turn % DEPTH), ((turn // DEPTH) & 1) ^ 1)
+
+
+@gluon.jit
+def leave(ring, turn):
+    """A user is done with the buffer of this turn."""
+    mbarrier.arrive(ring[2].index(turn % DEPTH), count=1)
+
+
+@gluon.jit
+def receive(items, turn, NUM_WARPS: gl.constexpr):
+    """The fields of the next item."""
+    wait_filled(items, turn)
+    fields = items[0].index(turn % DEPTH).load(fields_layout(NUM_WARPS))
+    leave(items, turn)
+    return fields
+
+
+@gluon.jit
+def field(fields, position, NUM_WARPS: gl.constexpr):
+    """One field as a scalar: nothing leaves the thread."""
+    return gl.sum(gl.where(gl.arange(0, NUM_FIELDS, fields_layout(NUM_WARPS)) == position, fields, 0), 0)
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def find_tile(index, query_starts_ptr, num_rows, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr):
+    """The row (num_rows: none) that has query tile `index` of all, and which of its tiles that is.
+
+    Counted 128 rows at a time: a search would wait for one load after the other.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    row = 0
+    num_before = 0  # tiles of the rows before `row`
+    num_seen = 0
+    for chunk in range(0, num_rows, 128):
+        rows = chunk + gl.arange(0, 128, layout)
+        is_row = rows < num_rows
+        starts = gl.load(query_starts_ptr + rows, mask=is_row, other=0)
+        counts = gl.load(query_starts_ptr + rows + 1, mask=is_row, other=0) - starts
+        tiles = gl.where(counts >= MIN_QUERIES, (counts + TILE_QUERIES - 1) // TILE_QUERIES, 0)
+        ends = num_seen + gl.associative_scan(tiles, 0, add)
+        is_before = (ends <= index) & is_row
+        row += gl.sum(is_before.to(gl.int32), 0)
+        num_before = gl.maximum(num_before, gl.max(gl.where(is_before, ends, 0), 0))
+        num_seen += gl.sum(tiles, 0)
+    return row, index - num_before
+
+
+@gluon.jit
+def plan_items(
+    items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_rows,
+    NUM_KV_HEADS: gl.constexpr, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr,
+):  # fmt: skip
+    """One warp: draw items, of all programs' one list, until there are none; the last one sent has no key tiles."""
+    layout: gl.constexpr = fields_layout(1)
+    position = gl.arange(0, NUM_FIELDS, layout)
+    turn = 0
+    item = gl.program_id(0)
+    num_tiles = 1
+    while num_tiles > 0:
+        row, tile = find_tile(item // NUM_KV_HEADS, query_starts_ptr, num_rows, TILE_QUERIES, MIN_QUERIES)
+        is_item = row < num_rows
+        row_start = gl.load(query_starts_ptr + row, mask=is_item, other=0)
+        num_queries = gl.load(query_starts_ptr + row + 1, mask=is_item, other=0) - row_start
+        num_keys = gl.load(context_lens_ptr + row, mask=is_item, other=0)
+        first_query = (gl.cdiv(num_queries, TILE_QUERIES) - 1 - tile) * TILE_QUERIES
+        first_position = num_keys - num_queries + first_query
+        num_tiles = gl.cdiv(gl.minimum(first_position + TILE_QUERIES, num_keys), TILE_KEYS)
+        num_tiles = gl.where(is_item, num_tiles, 0)
+        fields = gl.full([NUM_FIELDS], 0, gl.int32, layout)
+        fields = gl.where(position == NUM_TILES, num_tiles, fields)
+        fields = gl.where(position == FIRST_TOKEN, row_start + first_query, fields)
+        fields = gl.where(position == NUM_QUERIES, num_queries - first_query, fields)
+        fields = gl.where(position == FIRST_POSITION, first_position, fields)
+        fields = gl.where(position == NUM_KEYS, num_keys, fields)
+        fields = gl.where(position == KV_HEAD, item % NUM_KV_HEADS, fields)
+        fields = gl.where(position == SEAT, gl.load(rows_ptr + row, mask=is_item, other=0), fields)
+        wait_left(items, turn)
+        items[0].index(turn % DEPTH).store(fields)
+        gl.thread_barrier()
+        mbarrier.arrive(items[1].index(turn % DEPTH), count=1)
+        item = gl.num_programs(0) + gl.atomic_add(next_ptr, 1)
+        turn += 1
+
+
+@gluon.jit
+def load_tile(kv_lines, ring, turn, lines, HEAD_SIZE: gl.constexpr, NUM_LINES: gl.constexpr):
+    """Copy a tile of keys or values that begins, NUM_LINES at a time, at `lines`; outside the cache all is zero."""
+    NUM_COPIES: gl.constexpr = TILE_KEYS // (8 * NUM_LINES)
+    shape: gl.constexpr = [DEPTH * NUM_COPIES, NUM_LINES, HEAD_SIZE // 64, 8, 64]
+    parts = ring[0]._reinterpret(kv_lines.dtype, shape, shared_layout(4))
+    wait_left(ring, turn)
+    filled = ring[1].index(turn % DEPTH)
+    mbarrier.expect(filled, TILE_KEYS * HEAD_SIZE * 2)
+    for copy in gl.static_range(NUM_COPIES):
+        part = parts.index(turn % DEPTH * NUM_COPIES + copy)
+        tma.async_copy_global_to_shared(kv_lines, [lines[copy], 0, 0, 0], filled, part)
+
+
+@gluon.jit
+def load_items(
+    items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line,
+    GROUP: gl.constexpr, PADDED_GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+):  # fmt: skip
+    """One warp: copy queries, and key tiles one ahead of the value tiles, which are needed later and left later."""
+    HALVES: gl.constexpr = HEAD_SIZE // 64
+    NUM_LINES: gl.constexpr = min(BLOCK_SIZE, TILE_KEYS) // 8
+    HALF_QUERIES: gl.constexpr = HALF_ROWS // PADDED_GROUP
+    OUTSIDE: gl.constexpr = -NUM_LINES
+    NUM_COPIES: gl.constexpr = TILE_KEYS // (8 * NUM_LINES)
+    shape: gl.constexpr = [DEPTH * 2 * HALVES, HALF_QUERIES, PADDED_GROUP, 64]
+    q_parts = queries[0]._reinterpret(kv_lines.dtype, shape, shared_layout(3))
+    turn = 0  # of keys and values
+    q_turn = 0
+    v_lines = ()
+    for _ in gl.static_range(NUM_COPIES):
+        v_lines = v_lines + (gl.to_tensor(OUTSIDE),)
+    fields = receive(items, q_turn, 1)
+    num_tiles = field(fields, NUM_TILES, 1)
+    while num_tiles > 0:
+        first_token = field(fields, FIRST_TOKEN, 1)
+        num_keys = field(fields, NUM_KEYS, 1)
+        kv_head = field(fields, KV_HEAD, 1)
+        table_ptr = block_tables_ptr + field(fields, SEAT, 1).to(gl.int64) * table_stride
+        wait_left(queries, q_turn)
+        filled = queries[1].index(q_turn % DEPTH)
+        mbarrier.expect(filled, 2 * HALF_ROWS * HEAD_SIZE * 2)
+        for group in gl.static_range(2):
+            for half in gl.static_range(HALVES):
+                part = q_parts.index((q_turn % DEPTH * 2 + group) * HALVES + half)
+                corner = [first_token + group * HALF_QUERIES, kv_head * GROUP, half * 64]
+                tma.async_copy_global_to_shared(q_tokens, corner, filled, part)
+        for index in range(num_tiles):
+            first_key = (num_tiles - 1 - index) * TILE_KEYS
+            k_lines = ()
+            for copy in gl.static_range(NUM_COPIES):
+                key = first_key + copy * NUM_LINES * 8
+                block = gl.load(table_ptr + key // BLOCK_SIZE, mask=key < num_keys, other=-1)
+                line = (block * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE // 8) + key % BLOCK_SIZE // 8
+                k_lines = k_lines + (gl.where(block < 0, OUTSIDE, line),)
+            load_tile(kv_lines, keys, turn, k_lines, HEAD_SIZE, NUM_LINES)
+            if turn > 0:
+                load_tile(kv_lines, values, turn - 1, v_lines, HEAD_SIZE, NUM_LINES)
+            v_lines = ()
+            for copy in gl.static_range(NUM_COPIES):
+                v_lines = v_lines + (gl.where(k_lines[copy] < 0, OUTSIDE, values_line + k_lines[copy]),)
+            turn += 1
+        q_turn += 1
+        fields = receive(items, q_turn, 1)
+        num_tiles = field(fields, NUM_TILES, 1)
+    if turn > 0:
+        load_tile(kv_lines, values, turn - 1, v_lines, HEAD_SIZE, NUM_LINES)
