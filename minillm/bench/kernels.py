@@ -101,7 +101,7 @@ def all_cases(ops: ModuleType, device: torch.device, dtype: torch.dtype) -> Iter
             yield maker(f"decode {num_rows} x {context}", [(1, context)] * num_rows)
         yield maker("decode 64 x 100..2000", [(1, 100 + 977 * i % 1900) for i in range(64)])
         yield maker("decode 256 x 200..1000", [(1, 200 + 800 * i // 255) for i in range(256)])
-        for num_rows, length in ((16, 1024), (4, 4096), (2, 8192)):
+        for num_rows, length in ((16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16_384)):
             yield maker(f"prefill {num_rows} x {length}", [(length, length)] * num_rows)
         yield maker("prefill 2 x 8192, blocks of 64", [(8192, 8192)] * 2, block_size=64)
         yield maker("chunk 512 at 8192", [(512, 8192)])
@@ -161,12 +161,16 @@ def attention_case(
     )
     pairs = sum(count * context - count * (count - 1) // 2 for count, context in rows)
     is_decode = max(counts) == 1
+    works: list[Work] = [partial(work, kv_2BKPH=kv_2BKPH) for kv_2BKPH in kv_L2BKPH]
+    peers = attention_peers(rows, q_TNH, shape.kv_heads, copies) if len(set(rows)) == 1 else {}
+    if device.type == "cuda" and not is_decode and not one_launch:
+        peers["plain Triton"] = [partial(part, block_tokens=64) for part in works]
     return Case(
         name=name,
-        works=[partial(work, kv_2BKPH=kv_2BKPH) for kv_2BKPH in kv_L2BKPH],
+        works=works,
         num_bytes=sum(contexts) * row_bytes + 2 * q_TNH.numel() * dtype.itemsize,
         num_flops=0 if is_decode else 4 * pairs * shape.heads * shape.head_size,
-        peers=attention_peers(rows, q_TNH, shape.kv_heads, copies) if len(set(rows)) == 1 else {},
+        peers=peers,
     )
 
 
