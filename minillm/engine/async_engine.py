@@ -180,6 +180,10 @@ class AsyncEngine:
         if stream.submission.key in self._streams:
             self._link.send(("finish", (stream.submission.key, reason)))
 
+    def is_unfinished(self, key: int) -> bool:
+        """Whether the request of this key has not ended."""
+        return key in self._streams
+
     async def ask(self, query: str, **arguments: Any) -> Any:
         """The engine's answer to a query between two steps; None for one that it does not know."""
         if self.failure is not None:

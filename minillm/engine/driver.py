@@ -7,11 +7,13 @@ served by arrival, so it is given no more than that. It knows no text, sockets o
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minillm.engine.engine import Engine, Generation
 from minillm.engine.fair_queue import FairQueue
+from minillm.engine.insight import Insight
 from minillm.engine.messages import Ending, Load, Report, Submission
 from minillm.errors import EngineError, RequestError
 from minillm.types import FinishReason, Timings
@@ -22,6 +24,8 @@ LOG = logging.getLogger(__name__)
 Command = tuple[str, tuple[Any, ...]]
 """submit, finish or ask, and its arguments."""
 
+MAX_NUMBERS = 4096
+"""Requests whose numbers are kept for those who ask of them later."""
 NUM_AHEAD = 4
 """Requests given to the scheduler beyond its rows, for it to choose among when memory is short."""
 
@@ -42,9 +46,11 @@ class EngineDriver:
     """The engine's side of the seam between front end and engine."""
 
     def __init__(self, engine: Engine, queries: Mapping[str, Callable[..., Any]] | None = None) -> None:
-        """`queries`: what a front end may ask beside `dump`; each takes and gives plain values, between two steps."""
+        """`queries`: what a front end may ask beside `dump` and what `Insight` tells, each between two steps; they take
+        and give plain values."""
         self.engine = engine
-        self._queries = {"dump": self.dump, **(queries or {})}
+        self._numbers: OrderedDict[int, int] = OrderedDict()  # the front end's key -> the engine's request number
+        self._queries = {"dump": self.dump, **Insight(engine, self._numbers).queries, **(queries or {})}
         self._queue: FairQueue[Submission] = FairQueue()
         self._queued: dict[int, Submission] = {}
         self._live: dict[int, Generation] = {}
@@ -163,6 +169,9 @@ class EngineDriver:
         number = generation.request.number
         self._live[submission.key] = self._unstarted[number] = generation
         self._keys[number] = submission.key
+        self._numbers[submission.key] = number
+        if len(self._numbers) > MAX_NUMBERS:
+            self._numbers.popitem(last=False)
         return generation
 
     def _collect(self, generation: Generation) -> None:

@@ -172,11 +172,13 @@ def waiting_words(account: dict[str, Any]) -> str:
         for name in REASONS
         if name in waits
     ]
+    rest = waits["step"]["seconds"]
     if not parts:
         return f"It was in the queue for {shown(queue)}, until the next step was planned."
     ids = list(dict.fromkeys(number for stretch in account["behind"] for number in stretch["requests"]))
     behind = f", behind request{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:MAX_SHOWN_IDS]))}" if ids else ""
-    return f"It was in the queue for {shown(queue)}: {' and '.join(parts)}{behind}."
+    last = f"; and {shown(rest)} until the next step was planned" if rest > 0.01 * queue else ""
+    return f"It was in the queue for {shown(queue)}: {' and '.join(parts)}{behind}{last}."
 
 
 def gap_words(gap: dict[str, Any], median: float) -> Iterator[str]:

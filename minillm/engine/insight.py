@@ -37,9 +37,9 @@ class Insight:
             "trace": self.trace,
         }
 
-    def explain(self, key: int) -> dict[str, Any] | None:
-        """Why a request took as long as it did; None if the engine does not know it, or no longer."""
-        number = self._numbers.get(key)
+    def explain(self, key: int | None = None, number: int | None = None) -> dict[str, Any] | None:
+        """Why a request, named by its key or its number, took as long as it did; None if it is not known (any more)."""
+        number = number if key is None else self._numbers.get(key)
         return None if number is None else explain(self.engine.timeline, number, self.engine.clock())
 
     def trace(self) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from minillm.server.auth import KeyCheck
 from minillm.server.chat import chat_router
 from minillm.server.completions import completions_router
 from minillm.server.errors import add_error_handlers
+from minillm.server.insight import insight_router
 from minillm.server.limits import BodyLimit
+from minillm.server.page import page_router
 from minillm.server.service import Service
 from minillm.server.status import status_router
 
@@ -28,6 +30,8 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     app.include_router(status_router(service, __version__))
+    app.include_router(insight_router(service))
+    app.include_router(page_router())
     add_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, seconds=config.receive_seconds)
     app.add_middleware(KeyCheck, keys=keys)  # added last: it sees a request first

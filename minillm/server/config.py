@@ -39,6 +39,8 @@ class ServerConfig:
     """Name of the model in the API; None takes the one that it was loaded by."""
     engine_process: bool = False
     """Run the engine in a process of its own."""
+    vllm_metrics: bool = True
+    """Give the metrics under vLLM's names too, for dashboards made for it."""
     max_body_bytes: int = 4 * 2**20
     """Largest body of a request."""
     max_header_bytes: int = 32 * 2**10
