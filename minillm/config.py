@@ -15,6 +15,9 @@ __all__ = ["Configs", "EngineConfig", "ModelConfig", "RopeScaling"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_SIZE = 2**31 - 1
+MAX_DRAFTS = 32
+DEFAULT_DRAFTS = 8
+NGRAM = "ngram"
 MAX_SIZES: Mapping[str, int] = MappingProxyType(
     {
         "max_model_len": 2**24,
@@ -63,6 +66,11 @@ class EngineConfig:
     """Plan the next step while the device runs this one; False waits for each step."""
     seed: int = 0
     """Draws the seeds of requests that bring none, and random weights."""
+    speculative: str | None = None
+    """Who drafts tokens for the model to verify, which changes no output: ngram (what followed the last tokens when
+    they appeared before). None drafts nothing."""
+    num_drafts: int | None = None
+    """Most drafts of a request in a step, 1 to 32; None is 8. Fewer if they do not pay."""
     recorded_steps: int = 512
     """Steps that the flight recorder keeps at least, without contents; 0 turns it off."""
 
@@ -91,6 +99,20 @@ class EngineConfig:
             raise ConfigError(f"recorded_steps must be an integer from 0 to {2**20}, not {shown(self.recorded_steps)}")
         if not self.enable_chunked_prefill and self.max_chunk_size is not None:
             raise ConfigError("max_chunk_size means nothing without chunked prefill: leave it out, or chunk prompts")
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        if self.speculative not in (None, NGRAM):
+            raise ConfigError(f"speculative must be {NGRAM} or None, not {shown(self.speculative)}")
+        if self.num_drafts is not None and not is_int_in(self.num_drafts, 1, MAX_DRAFTS):
+            raise ConfigError(f"num_drafts must be an integer from 1 to {MAX_DRAFTS}, not {shown(self.num_drafts)}")
+        if self.speculative is None and self.num_drafts is not None:
+            raise ConfigError("num_drafts means nothing without speculative: name who drafts")
+
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts of a request in a step; 0 without speculation."""
+        return 0 if self.speculative is None else self.num_drafts or DEFAULT_DRAFTS
 
 
 def is_int_in(value: object, low: int, high: int) -> bool:

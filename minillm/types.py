@@ -144,6 +144,22 @@ class Timings:
     """Steps from the one that first seated it to its last."""
     num_tokens_beside: int = 0
     """Tokens that those steps computed for other requests (and, after a preemption, for it a second time)."""
+    num_verifications: int = 0
+    """Steps that verified drafts."""
+    num_drafts: int = 0
+    """Drafts that were verified."""
+    num_accepted_drafts: int = 0
+    """Drafts that held."""
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafts that held; None if there were none."""
+        return self.num_accepted_drafts / self.num_drafts if self.num_drafts else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens that a verification gained on average, the one that no draft stood for included; None without any."""
+        return 1 + self.num_accepted_drafts / self.num_verifications if self.num_verifications else None
 
     @property
     def ttft(self) -> float | None:

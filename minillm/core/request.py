@@ -137,6 +137,11 @@ class Request:
         """Whether its next plan waits for a result in flight."""
         return self.plan_limit == 0
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next plan computes its last token, with nothing of it in flight: drafts may stand behind it."""
+        return self.row > 0 and self.num_unknown == 0 and self.num_planned == len(self.tokens) - 1
+
     def is_stop_token(self, token: int) -> bool:
         """Whether sampling `token` ends it."""
         return token in self.stop_token_ids

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from minillm.core.plan import RowParams, StepPlan
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
+from minillm.decoding.speculator import Speculator, Verified
 from minillm.engine.figures import Figures
 from minillm.engine.info import EngineInfo
-from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step
+from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step, settled
 from minillm.engine.metrics import Metrics
 from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
@@ -59,6 +60,7 @@ class Generation:
         if self.before is not None:
             timings.num_steps = num_steps - self.before[0]
             num_own = request.num_prompt - request.num_cached_tokens + max(0, request.num_output - 1)
+            num_own += timings.num_drafts - timings.num_accepted_drafts
             timings.num_tokens_beside = max(0, num_computed - self.before[1] - num_own)
         if request.finish_reason is not None:
             timings.finished = now
@@ -76,9 +78,11 @@ class Engine:
         eos_token_ids: Sequence[int],
         overlap: bool = True,
         seed: int = 0,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
+        self.speculator = speculator
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self.timeline, self.figures = Timeline(scheduler), Figures()
         self._metrics = Metrics()
@@ -167,14 +171,17 @@ class Engine:
         """
         before, start = self._in_flight, self.clock()
         try:
-            done = self._advance(self.scheduler, self.runner, self.clock, self._in_flight)
+            done, was_drafting = self._turn()
         except Exception as failure:
             self._fail(failure)
             raise EngineError(f"a step failed, and all requests with it: {failure}") from failure
         self._in_flight = done.in_flight
-        if done.result is not None:
-            self._count_applied(done.planned if before is None else before.plan)
         now = self.clock()
+        applied = done.planned if before is None else before.plan
+        if applied is not None and done.result is not None:
+            self._count_applied(applied)
+            if self.speculator is not None:
+                self._note_drafts(self.speculator.note(applied, done.result, was_drafting, now))
         if done.planned is not None:
             self.timeline.plan(done.planned, start)
         if done.result is not None:
@@ -197,14 +204,31 @@ class Engine:
         self.drain()
         self._is_closed = True
 
-    def _count_applied(self, plan: StepPlan | None) -> None:
-        assert plan is not None
+    def _count_applied(self, plan: StepPlan) -> None:
         for seat in plan.seats:
             generation = self._live.get(seat.request)
             if generation is not None and generation.before is None:
                 generation.before = self._num_applied, self._num_computed
         self._num_applied += 1
         self._num_computed += plan.num_batched_tokens
+
+    def _turn(self) -> tuple[Advance, bool]:
+        """One turn of the loop that is due, and whether it drafted. To draft is to know every token first."""
+        if self.speculator is None or not self.speculator.is_on:
+            return self._advance(self.scheduler, self.runner, self.clock, self._in_flight), False
+        if self._in_flight is not None:
+            return settled(self.scheduler, self._in_flight), False
+        self.speculator.propose(generation.request for generation in self._live.values())
+        return plain_step(self.scheduler, self.runner, self.clock), True
+
+    def _note_drafts(self, verified: list[Verified]) -> None:
+        for request, num_drafts, num_accepted in verified:
+            generation = self._live.get(request)
+            if generation is not None:
+                timings = generation.timings
+                timings.num_verifications += 1
+                timings.num_drafts += num_drafts
+                timings.num_accepted_drafts += num_accepted
 
     def _note(self, generation: Generation, now: float) -> None:
         generation.note(now, self._num_applied, self._num_computed)
@@ -218,6 +242,12 @@ class Engine:
             metrics.num_cached_tokens += timings.num_cached_tokens
             metrics.num_output_tokens += len(timings.token_times)
             metrics.num_preemptions += timings.num_preemptions
+            metrics.num_drafts += timings.num_drafts
+            metrics.num_accepted_drafts += timings.num_accepted_drafts
+            if self.speculator is not None:
+                self.speculator.forget(generation.request)
+                if not self._live:
+                    self.speculator.rest()
 
     def _count(self, done: Advance) -> None:
         metrics = self._metrics

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.core.scheduler import Scheduler, SchedulerLimits
+from minillm.decoding.controller import Controller
+from minillm.decoding.ngram_drafter import NgramDrafter
+from minillm.decoding.speculator import Speculator
 from minillm.engine.driver import EngineDriver
 from minillm.engine.engine import Engine
 from minillm.engine.recorder import RecordingScheduler
@@ -60,6 +63,7 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
         eos_token_ids=model_config.eos_token_ids,
         overlap=config.overlap,
         seed=config.seed,
+        speculator=make_speculator(config, sizes.max_num_samples),
     )
     return Launched(engine=engine, runner=started.runner, tokenizer=tokenizer, model_config=model_config)
 
@@ -67,3 +71,10 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
 def launch_driver(model_name: str, config: EngineConfig) -> EngineDriver:
     """The same for a front end that reaches the engine through a Link. Raises what `launch` raises."""
     return EngineDriver(launch(model_name, config).engine)
+
+
+def make_speculator(config: EngineConfig, max_num_samples: int) -> Speculator | None:
+    """Whoever drafts, if anybody is to."""
+    if config.speculative is None:
+        return None
+    return Speculator(NgramDrafter(), Controller(config.max_drafts), max_num_samples)

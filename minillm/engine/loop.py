@@ -62,6 +62,12 @@ def plain_step(scheduler: Scheduler, runner: StepRunner, clock: Callable[[], flo
     return Advance(plan, result, scheduler.update(plan, result), None)
 
 
+def settled(scheduler: Scheduler, in_flight: InFlight) -> Advance:
+    """Apply the result of the step in flight and plan nothing: whoever plans next knows every token."""
+    result = in_flight.pending.wait()
+    return Advance(None, result, scheduler.update(in_flight.plan, result), None)
+
+
 def overlapped_step(
     scheduler: Scheduler, runner: StepRunner, clock: Callable[[], float], in_flight: InFlight | None
 ) -> Advance:

@@ -20,6 +20,10 @@ class Metrics:
     """Prompt tokens of finished requests that came from the prefix cache."""
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    """Drafts of finished requests that were verified."""
+    num_accepted_drafts: int = 0
+    """Those that held."""
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0

@@ -60,8 +60,14 @@ class FinishGraph(NamedTuple):
     samples_L: Tensor
 
 
-def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> PaddedShapes:
+DRAFT_TOKENS = (8, 16, 32)
+"""Sizes of small mixed steps, for engines that draft."""
+
+
+def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: bool = False) -> PaddedShapes:
     """Rows of decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 on; tokens of mixed ones: up to 2,048.
+
+    With `is_drafting` there are mixed steps of fewer tokens too: a row or two and their drafts.
 
     >>> padded_shapes(20, 300)
     PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), mixed_sizes=(64, 128, 256, 384), num_rows=25)
@@ -71,7 +77,7 @@ def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> PaddedShape
     # A row more than any decode step has: an odd number, which never is a number of tokens.
     return PaddedShapes(
         decode_sizes=decode_sizes,
-        mixed_sizes=reaching(STEP_TOKENS, max_num_batched_tokens),
+        mixed_sizes=reaching([*(DRAFT_TOKENS if is_drafting else ()), *STEP_TOKENS], max_num_batched_tokens),
         num_rows=decode_sizes[-1] + 1,
     )
 

@@ -29,6 +29,8 @@ from minillm.runtime.kv_cache import (
 from minillm.runtime.rows import Rows
 from minillm.runtime.runner import Runner
 
+MIN_DRAFTING_ROWS = 4
+"""With speculation a step samples at least what so many rows of drafts need, whatever max_num_seqs."""
 TABLE_ENTRY_BYTES = 4
 """Of a block table, per block that a row can hold."""
 
@@ -72,6 +74,8 @@ class StepSizes:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_samples: int
+    """Positions that a step may sample: a token of every row, or of fewer rows with drafts."""
     block_size: int
     soft_cap: int
     tile_steps: tuple[int, ...]
@@ -97,7 +101,8 @@ def start_runner(config: EngineConfig, model_config: ModelConfig, load: Callable
     sizes = choose_sizes(config, model_config, device)
     check_weights_fit(model_config, place)
     is_gpu = device.type == "cuda"
-    shapes = padded_shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens) if is_gpu else None
+    is_drafting = config.max_drafts > 0
+    shapes = padded_shapes(sizes.max_num_samples, sizes.max_num_batched_tokens, is_drafting) if is_gpu else None
     with nullcontext() if shapes is None else compiling_kernels(model_config, place, sizes, shapes):
         model = Transformer(
             model_config,
@@ -134,10 +139,12 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.
         num_tokens = max(num_tokens, max_model_len)
     # Even with every row decoding, a step has room for half the usual chunk.
     soft_cap = max(defaults.soft_cap, max_num_seqs + defaults.soft_cap // 2)
+    min_samples = MIN_DRAFTING_ROWS * (1 + config.max_drafts) if config.speculative else 1
     return StepSizes(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=num_tokens,
+        max_num_samples=min(num_tokens, max(max_num_seqs, min_samples)),
         block_size=config.block_size or defaults.block_size,
         soft_cap=min(soft_cap, num_tokens),
         tile_steps=defaults.tile_steps,
@@ -203,7 +210,7 @@ def check_weights_fit(model_config: ModelConfig, place: Place) -> None:
 def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes: StepSizes) -> MemoryBudget:
     """Measure (GPU) or estimate (CPU) what a worst step needs, and what is left for the cache."""
     device, itemsize, num_tokens = place.device, place.dtype.itemsize, sizes.max_num_batched_tokens
-    num_logits = min(sizes.max_num_seqs, num_tokens)
+    num_logits = sizes.max_num_samples
     smaller = max(1, num_tokens // 4)
     estimated, estimated_smaller = (
         estimated_activations(model.config, num, min(num_logits, num), itemsize) for num in (num_tokens, smaller)
@@ -255,7 +262,7 @@ def compiling_kernels(
 
 def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
     """Run the largest step, all padding, on a cache of block 0 alone: its peak of memory."""
-    num_rows = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    num_rows = sizes.max_num_samples
     cache = make_kv_cache(model.config, 1, sizes.block_size, place.dtype, place.device)
     runner = Runner(model, place.ops, cache, Rows(num_rows + 1, 1, place.device))
     torch.cuda.reset_peak_memory_stats(place.device)

@@ -1,6 +1,7 @@
 """The engine's contract: in fp32 the same tokens, greedy and seeded, whatever the budget, block size, company, prefix
-cache, preemption or loop. Neighbours change the order of sums inside matrix products, so the prompts that are compared
-are those whose every choice has a margin, and the test counts them."""
+cache, preemption, loop or drafts (`test_speculation.py` has more of those). Neighbours change the order of sums inside
+matrix products, so the prompts that are compared are those whose every choice has a margin, and the test counts them.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +42,20 @@ VARIANTS = {
     },
     "overlap": {"overlap": True},
     "overlap, prefix cache, budget 64": {"overlap": True, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
+    "n-gram drafts": {"speculative": "ngram"},
+    "n-gram drafts, overlap, prefix cache, budget 64": {
+        "speculative": "ngram",
+        "overlap": True,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 64,
+    },
 }
 TIGHT = {"num_kv_blocks": 26}
 TIGHT_VARIANTS = {
     "plain": TIGHT,
     "overlap": TIGHT | {"overlap": True},
     "overlap, prefix cache": TIGHT | {"overlap": True, "enable_prefix_caching": True},
+    "n-gram drafts": TIGHT | {"speculative": "ngram"},
     "chunks of 8 to 24": TIGHT | {"min_chunk_size": 8, "max_chunk_size": 24},
 }
 

@@ -1,0 +1,186 @@
+"""Speculation changes nothing but the time: same tokens with drafts good and bad, ends where they are, counts that are
+true, and the two loops by turns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from minillm import LLM, FinishReason, SamplingParams
+from minillm.core.request import Request
+from minillm.decoding.controller import Controller, Fixed
+from minillm.errors import ConfigError
+from tests.engine.test_invariance import BASE, PARAMS, TIGHT, params_of, preempted_prompts, prompts, tokens_of
+
+MODEL = "random:tiny-llama"
+OPTIONS: dict[str, Any] = BASE | {"speculative": "ngram", "num_drafts": 4}
+
+
+class Foreseen:
+    """Drafts what is known to come, each token wrong by the given chance."""
+
+    def __init__(self, texts: list[list[int]], chance: float) -> None:
+        self.texts, self.chance, self.rng = texts, chance, random.Random(0)
+
+    def propose(self, wanted: Mapping[Request, int]) -> dict[Request, list[int]]:
+        return {request: self.drafts(list(request.tokens), num) for request, num in wanted.items()}
+
+    def drafts(self, tokens: list[int], num: int) -> list[int]:
+        text = next(text for text in self.texts if text[: len(tokens)] == tokens)
+        return [t if self.rng.random() >= self.chance else t ^ 1 for t in text[len(tokens) : len(tokens) + num]]
+
+    def forget(self, request: Request) -> None:
+        pass
+
+
+class ByTurns(Fixed):
+    """Drafts in three steps of every five."""
+
+    num_asked = 0
+
+    def is_on(self, num_rows: int) -> bool:
+        self.num_asked += 1
+        return self.num_asked % 5 < 3
+
+
+def force(llm: LLM, policy: Fixed, drafter: Foreseen | None = None) -> None:
+    """Draft whether it pays or not."""
+    assert llm.engine.speculator is not None
+    llm.engine.speculator.policy = policy
+    if drafter is not None:
+        llm.engine.speculator.drafter = drafter
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[list[int]]]:
+    with LLM(MODEL, **BASE) as llm:
+        return {
+            kind: [tokens_of(llm, [p], [s])[0] for p, s in zip(prompts(), params, strict=True)]
+            for kind, params in PARAMS.items()
+        }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain loop": {},
+    "overlap": {"overlap": True},
+    "overlap, prefix cache, budget 64": {"overlap": True, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
+    "budget 16": {"max_num_batched_tokens": 16},
+    "blocks of 32": {"block_size": 32, "num_kv_blocks": 350},
+}
+
+
+CASES = [(variant, 0.3, policy) for variant in VARIANTS for policy in (Fixed, ByTurns)]
+
+
+@pytest.mark.parametrize(("variant", "chance", "policy"), [*CASES, ("overlap", 0.0, Fixed), ("overlap", 1.0, Fixed)])
+def test_same_tokens_with_good_and_bad_drafts(
+    alone: dict[str, list[list[int]]], variant: str, chance: float, policy: type[Fixed]
+) -> None:
+    with LLM(MODEL, **(OPTIONS | VARIANTS[variant])) as llm:
+        for kind, params in PARAMS.items():
+            texts = [prompt + output for prompt, output in zip(prompts(), alone[kind], strict=True)]
+            force(llm, policy(4), Foreseen(texts, chance))
+            outputs = llm.generate(prompts(), params)
+            assert [out.token_ids for out in outputs] == alone[kind]
+            rates = [out.timings.acceptance_rate for out in outputs]
+            assert None not in rates, "a request had no drafts: the case tests nothing"
+            assert {0.0: min(rates) == 1.0, 0.3: 0.0 < max(rates), 1.0: max(rates) == 0.0}[chance]
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_preemption_of_drafting_rows_does_not_matter(kind: str) -> None:
+    params = params_of(kind, 4, 40)
+    with LLM(MODEL, **BASE) as llm:
+        expected = [tokens_of(llm, [p], [s])[0] for p, s in zip(preempted_prompts(), params, strict=True)]
+    texts = [prompt + output for prompt, output in zip(preempted_prompts(), expected, strict=True)]
+    with LLM(MODEL, **(OPTIONS | TIGHT | {"num_kv_blocks": 9})) as llm:
+        force(llm, Fixed(4), Foreseen(texts, 0.3))
+        outputs = llm.generate(preempted_prompts(), params)
+        llm.engine.scheduler.check_invariants()
+    assert sum(out.timings.num_preemptions for out in outputs) > 0
+    assert [out.token_ids for out in outputs] == expected
+
+
+def test_counts_are_those_of_the_steps() -> None:
+    """Foreseen drafts of 4, 12 tokens: one from the prompt's step, then 5, 5 and the last with none to draft."""
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(MODEL, **OPTIONS) as llm:
+        output = llm.generate([[5, 6, 7]], params)[0].token_ids
+        force(llm, Fixed(4), Foreseen([[5, 6, 7, *output]], 0.0))
+        timings = llm.generate([[5, 6, 7]], params)[0].timings
+        assert (timings.num_verifications, timings.num_drafts, timings.num_accepted_drafts) == (2, 8, 8)
+        assert (timings.acceptance_rate, timings.mean_accepted_length) == (1.0, 5.0)
+        assert len(timings.token_times) == 12
+        assert llm.engine.metrics.num_accepted_drafts >= 8
+    with LLM(MODEL, **BASE) as llm:
+        timings = llm.generate([[5, 6, 7]], params)[0].timings
+        assert (timings.acceptance_rate, timings.mean_accepted_length) == (None, None)
+
+
+def test_an_end_among_the_drafts_is_an_end() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(MODEL, **OPTIONS) as llm:
+        output = llm.generate([[5, 6, 7]], params)[0].token_ids
+        stop = next(i for i in range(3, 12) if output[i] not in output[:i])
+        force(llm, Fixed(8), Foreseen([[5, 6, 7, *output]], 0.0))
+        ending = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[output[stop]])
+        out = llm.generate([[5, 6, 7]], ending)[0]
+        assert out.token_ids == output[: stop + 1]
+        assert out.finish_reason is FinishReason.STOP
+        assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 6])
+def test_no_draft_goes_past_the_last_token(max_tokens: int) -> None:
+    with LLM(MODEL, **OPTIONS) as llm:
+        long = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        output = llm.generate([[5, 6, 7]], long)[0].token_ids
+        force(llm, Fixed(4), Foreseen([[5, 6, 7, *output]], 0.0))
+        short = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        out = llm.generate([[5, 6, 7]], short)[0]
+        assert out.token_ids == output[:max_tokens] and out.finish_reason is FinishReason.LENGTH
+        assert out.timings.num_drafts == max(0, min(4, max_tokens - 2))
+
+
+@pytest.fixture(scope="module")
+def smollm2_plain() -> Iterator[LLM]:
+    with LLM("smollm2", device="cpu", dtype="float32", max_model_len=512, num_kv_blocks=200) as llm:
+        yield llm
+
+
+TEXT = (
+    "The committee met on Tuesday to discuss the annual budget. The treasurer, Mrs Ellis, presented the accounts, and "
+    "the members agreed to repair the roof before the winter."
+)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_n_gram_drafts_on_a_real_model(smollm2_plain: LLM, temperature: float) -> None:
+    asked = [{"role": "user", "content": f"Repeat the following text exactly:\n\n{TEXT}"}]
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=32)
+    expected = smollm2_plain.generate([asked, "The sea"], params)
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "num_kv_blocks": 200}
+    with LLM("smollm2", **options, speculative="ngram") as llm:
+        assert isinstance(llm.engine.speculator and llm.engine.speculator.policy, Controller)
+        outputs = llm.generate([asked, "The sea"], params)
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
+    assert (outputs[0].timings.mean_accepted_length or 0) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_drafts": 4}, "num_drafts means nothing without speculative"),
+        ({"speculative": "ngram", "num_drafts": 0}, "num_drafts must be an integer from 1 to 32"),
+        ({"speculative": "ngram", "num_drafts": 33}, "num_drafts must be an integer from 1 to 32"),
+        ({"speculative": "ngram", "num_drafts": True}, "num_drafts must be an integer"),
+        ({"speculative": ""}, "speculative must be ngram or None"),
+        ({"speculative": 5}, "speculative must be ngram or None"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LLM(MODEL, **(BASE | options))
