@@ -10,10 +10,20 @@ from typing import SupportsFloat, SupportsIndex
 
 from minillm.errors import RequestError
 
-__all__ = ["CompletionOutput", "FinishReason", "RequestOutput", "SamplingParams", "Timings"]
+__all__ = [
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSequence",
+    "CompletionOutput",
+    "FinishReason",
+    "RequestOutput",
+    "SamplingParams",
+    "Timings",
+]
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
+MAX_BEAM_WIDTH = 64
 MAX_SHOWN = 80
 MIN_TEMPERATURE = 1e-5
 """Below this a temperature is greedy: logits divided by less could overflow."""
@@ -60,22 +70,54 @@ class SamplingParams:
         check_float("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             check_int("seed", self.seed, 0, MAX_SEED)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be True or False, not {shown(self.ignore_eos)}")
+        check_end_tokens(self.stop_token_ids, self.ignore_eos)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be a string or a list of non-empty strings, not {shown(self.stop)}")
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
-        if not isinstance(self.stop_token_ids, (list, tuple)):
-            raise RequestError(f"stop_token_ids must be a list of integers, not {shown(self.stop_token_ids)}")
-        for token in self.stop_token_ids:
-            check_int("stop_token_ids", token, 0, 2**31 - 1)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSearchParams:
+    """How to search for the likeliest continuations. Names of vLLM where it has one, rules of transformers."""
+
+    beam_width: int = 4
+    """Continuations that are followed, and returned, 1 to 64."""
+    max_tokens: int = 256
+    """Most tokens to generate, at least 1."""
+    length_penalty: float = 1.0
+    """A continuation's score is its logprob over its length to this power, in [-10, 10]: more favours longer ones."""
+    early_stopping: bool | str = False
+    """When to stop with beam_width continuations complete: True at once, False when the likeliest that goes on scores
+    no better by its length so far, "never" when it could not at any length up to max_tokens."""
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    """A continuation is complete at one of these tokens, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """The model's end tokens complete nothing."""
+
+    def __post_init__(self) -> None:
+        check_int("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(f"early_stopping must be True, False or 'never', not {shown(self.early_stopping)}")
+        check_end_tokens(self.stop_token_ids, self.ignore_eos)
+
+
+def check_end_tokens(stop_token_ids: object, ignore_eos: object) -> None:
+    """Raise RequestError unless these are a list of token ids and a bool."""
+    if not isinstance(ignore_eos, bool):
+        raise RequestError(f"ignore_eos must be True or False, not {shown(ignore_eos)}")
+    if not isinstance(stop_token_ids, (list, tuple)):
+        raise RequestError(f"stop_token_ids must be a list of integers, not {shown(stop_token_ids)}")
+    for token in stop_token_ids:
+        check_int("stop_token_ids", token, 0, 2**31 - 1)
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
@@ -203,3 +245,25 @@ class RequestOutput:
     finish_reason: FinishReason | None
     timings: Timings
     completions: list[CompletionOutput]
+
+
+@dataclass(slots=True, kw_only=True)
+class BeamSequence:
+    """One continuation that a beam search found."""
+
+    text: str
+    token_ids: list[int]
+    score: float
+    """Its logprob over its length to the power of length_penalty: the order of the sequences."""
+    cumulative_logprob: float
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True, kw_only=True)
+class BeamSearchOutput:
+    """The continuations of a prompt, best first."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sequences: list[BeamSequence]
+    timings: Timings

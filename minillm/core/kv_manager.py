@@ -44,6 +44,11 @@ class KVManager:
         self._holds: dict[int, int] = {}
         self._unpublished: deque[Request] = deque()
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that a request or a hold refers to, in [0, 1]."""
+        return 1.0 - self.pool.num_free / (self.num_blocks - 1)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
@@ -109,6 +114,28 @@ class KVManager:
         request.num_published = num_shared
         request.next_publish = (num_shared + 1) * self.block_size if self.enable_prefix_caching else NEVER
         return True
+
+    def adopt(self, request: Request, parent: Request) -> tuple[array[int], array[int]]:
+        """Let `request` hold what `parent`, as long as it, has computed: its full blocks, and a copy of the last.
+
+        Returns (row, index, block) of what changed in its table, and (from, to) of the copy. It takes no new block: the
+        last one, not full, is its own already.
+        """
+        num_full, rest = divmod(parent.num_computed, self.block_size)
+        assert request.num_computed == parent.num_computed and len(request.blocks) == len(parent.blocks)
+        changes, copies = ints(), ints()
+        for index in range(num_full):
+            if request.blocks[index] != parent.blocks[index]:
+                changes.extend((request.row, index, parent.blocks[index]))
+        self.pool.share(parent.blocks[:num_full])
+        self.pool.release(reversed(request.blocks[:num_full]))
+        request.blocks[:num_full] = parent.blocks[:num_full]
+        if rest:
+            copies.extend((parent.blocks[num_full], request.blocks[num_full]))
+        request.num_published = parent.num_published
+        if self.enable_prefix_caching:
+            request.next_publish = (request.num_published + 1) * self.block_size
+        return changes, copies
 
     def try_grow(self, request: Request, num_tokens: int, changes: array[int]) -> bool:
         """Blocks for the first `num_tokens` tokens; new ones go to `changes` as (row, index, block)."""

@@ -146,6 +146,33 @@ class Request:
         """Whether sampling `token` ends it."""
         return token in self.stop_token_ids
 
+    def accept(self, tokens: array[int]) -> FinishReason | None:
+        """Append what a closed row gained, up to its end, and reopen it; why it ends, or None."""
+        reason: FinishReason | None = None
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self.stop_token_ids:
+                reason = FinishReason.STOP
+            elif len(self.tokens) >= self.max_len:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        self.reopen()
+        self.num_computed = self.num_planned
+        return reason
+
+    def hold(self) -> None:
+        """Take back the last token, for somebody else to choose, and wait for it. Nothing is in flight."""
+        assert not self.num_unknown, "held with a sample in flight"
+        self.tokens.pop()
+        self.plan_limit = 0
+
+    def resume(self, token: int) -> None:
+        """Go on with the token that was chosen, after `hold`; one without a row is computed anew in any case."""
+        self.tokens.append(token)
+        if self.row:
+            self.reopen()
+
     def reopen(self) -> None:
         """A result was applied and nothing is in flight: go on from the last token read; unverified positions lapse."""
         self.drafts = []

@@ -36,6 +36,8 @@ class Running:
         self._kv = kv
         self._free_rows = array("i", range(limits.max_num_seqs, 0, -1))
         self._freed = ints()
+        self._adopted: dict[int, tuple[array[int], array[int]]] = {}
+        """By row: block-table entries and copies for the next plan."""
         self._num_streamed = 0
 
     def __len__(self) -> int:
@@ -59,10 +61,24 @@ class Running:
         """Slots in blocks of requests that no token is planned for."""
         return sum(len(request.blocks) * self._limits.block_size - request.num_planned for request in self)
 
-    def take_freed(self) -> array[int]:
-        """Rows freed since the last call."""
-        freed, self._freed = self._freed, ints()
-        return freed
+    def take_preempted(self) -> list[Request]:
+        """Those who gave up their row since the last call."""
+        preempted, self.preempted = self.preempted, []
+        return preempted
+
+    def take_changes(self, plan: StepPlan) -> None:
+        """Put into `plan` what changed since the last one: rows freed, blocks adopted."""
+        plan.freed, self._freed = self._freed, ints()
+        for blocks, copies in self._adopted.values():
+            plan.blocks.extend(blocks)
+            plan.copies.extend(copies)
+        self._adopted.clear()
+
+    def adopt(self, request: Request, parent: Request) -> None:
+        """Share the parent's full blocks in place of the request's own; copy the one that both go on writing to."""
+        assert request.row not in self._adopted, "adopted twice between two plans"
+        self._adopted[request.row] = self._kv.adopt(request, parent)
+        request.num_planned, request.num_computed = parent.num_planned, parent.num_computed
 
     def seat(self, request: Request, prefix: Prefix, plan: StepPlan) -> None:
         """Give a row to a request that was just given blocks."""
@@ -80,6 +96,7 @@ class Running:
         is_removed = try_remove(self.decodes, request) or try_remove(self.prompts, request)
         assert is_removed, f"request {request.number} does not run"
         self._kv.release(request)
+        self._adopted.pop(request.row, None)
         self._freed.append(request.row)
         self._free_rows.append(request.row)
         self._num_streamed -= request.is_streamed
@@ -143,7 +160,7 @@ class Running:
                 continue
             is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
             while not is_fitting and self.prompts[-1] is not request:
-                self._preempt(self.prompts[-1])
+                self.preempt(self.prompts[-1])
                 is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
             if is_fitting:
                 self.plan_chunk(request, count, plan, budget)
@@ -195,12 +212,13 @@ class Running:
                 request.drafts.clear()
         while not self._kv.try_grow(request, start + 1, plan.blocks):
             last = max((part[-1] for part in (self.decodes, self.prompts) if part), key=lambda r: r.rank)
-            self._preempt(last)
+            self.preempt(last)
             if last is request:
                 return 0
         return 1 + len(request.drafts)
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
+        """Take row and blocks back; it will be computed again."""
         request.num_preemptions += 1
         self.vacate(request)
         self.preempted.append(request)

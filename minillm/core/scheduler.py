@@ -7,7 +7,6 @@ Running decodes come first, then half-done prompts, then new requests; within ea
 
 from __future__ import annotations
 
-from array import array
 from itertools import islice
 
 from minillm.core.budget import Budget, SchedulerLimits
@@ -49,14 +48,30 @@ class Scheduler:
     def fork(self, parent: Request, child: Request) -> None:
         """Queue `child`, whose tokens but the last are those that `parent`'s start with, at the parent's place.
 
-        If the parent still runs when the child is seated, the child shares the parent's computed blocks and gets a copy
-        of the one that it must write to; else it is a request like any other.
+        It shares the computed blocks of a parent that runs when it is seated, with a copy of the one it must write to.
         """
         num_shared = min(len(child.tokens) - 1, len(parent.tokens))
         assert child.tokens[:num_shared] == parent.tokens[:num_shared] and child.salt == parent.salt, "not a fork"
         child.parent = parent
         child.keys = parent.keys[: num_shared // self.limits.block_size]
         self._enter(child, parent.rank[1])
+
+    def adopt(self, request: Request, parent: Request) -> None:
+        """Let `request`, held or queued, go on from where `parent`, held or queued after as many tokens, is.
+
+        It keeps its row and shares the parent's blocks if both have a row, else it is queued.
+        """
+        if request.row and parent.row:
+            self._running.adopt(request, parent)
+        elif request.row:
+            self._running.preempt(request)
+            self._requeue()
+        request.tokens, request.keys = parent.tokens[:], parent.keys[:]
+
+    def yield_rows(self) -> None:
+        """Preempt the request of the largest rank: all that run are held for others, which wait for what it has."""
+        self._running.preempt(max(self._running, key=lambda request: request.rank))
+        self._requeue()
 
     def finish(self, number: int, reason: FinishReason) -> Request | None:
         """End a request in any state and free what it has; None if it ended before. Its results in flight are void."""
@@ -72,18 +87,14 @@ class Scheduler:
         budget = Budget(self.limits, running.plan_decodes(plan), running.has_readers)
         starved = running.plan_prompts(plan, budget)
         # Blocks given up in this step are for those who needed them: nobody is admitted on them.
-        is_short = bool(running.preempted)
-        for request in running.preempted:
-            self._queue.push(request)
-        self.num_preemptions += len(running.preempted)
-        running.preempted.clear()
+        is_short = self._requeue()
         reason = "blocks" if is_short else self._admit(plan, budget, now, starved)
         if reason is not None:
             behind = plan.requests if reason == "budget" else (request.number for request in running)
             plan.waits = (Wait(self._queue[0].number, reason, tuple(islice(behind, MAX_BEHIND))),)
         if not plan.requests:
             return None
-        plan.freed = running.take_freed()
+        running.take_changes(plan)
         self._step += 1
         return plan
 
@@ -115,7 +126,11 @@ class Scheduler:
                 elif computed + 1 >= request.max_len:
                     self._end(request, FinishReason.LENGTH)
             elif gain:
-                self._accept(request, gained[stop - gain : stop])
+                reason = request.accept(gained[stop - gain : stop])
+                if request.num_computed >= request.next_publish:
+                    self.kv.publish_soon(request)
+                if reason is not None:
+                    self._end(request, reason)
             else:
                 request.num_computed = start + count
                 if request.num_computed >= request.next_publish:
@@ -146,11 +161,6 @@ class Scheduler:
         return self.kv.pool.num_free
 
     @property
-    def kv_usage(self) -> float:
-        """Share of the cache's blocks that a request or a hold refers to, in [0, 1]."""
-        return 1.0 - self.num_free_blocks / (self.limits.num_kv_blocks - 1)
-
-    @property
     def kv_utilization(self) -> float:
         """Share of the slots of those blocks that tokens are planned for, in [0, 1]; 1 if there is none."""
         num_slots = self.limits.num_slots - self.num_free_blocks * self.limits.block_size
@@ -178,6 +188,14 @@ class Scheduler:
             self.kv.extend_keys(request, len(request.tokens) // self.limits.block_size)
         self._live[request.number] = request
         self._queue.push(request)
+
+    def _requeue(self) -> bool:
+        """Queue those who lost their rows; whether there are any."""
+        preempted = self._running.take_preempted()
+        for request in preempted:
+            self._queue.push(request)
+        self.num_preemptions += len(preempted)
+        return bool(preempted)
 
     def _admit(self, plan: StepPlan, budget: Budget, now: float, starved: Request | None) -> str | None:
         """Seat queued requests while they fit; returns why the head of the queue still waits, None if none is left.
@@ -221,24 +239,6 @@ class Scheduler:
         running.seat(request, prefix, plan)
         running.plan_chunk(request, count, plan, budget)
         return None
-
-    def _accept(self, request: Request, tokens: array[int]) -> None:
-        """Append what a closed row gained, up to its end; the positions of rejected drafts will be computed again."""
-        reason: FinishReason | None = None
-        for token in tokens:
-            request.tokens.append(token)
-            if token in request.stop_token_ids:
-                reason = FinishReason.STOP
-            elif len(request.tokens) >= request.max_len:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                break
-        request.reopen()
-        request.num_computed = request.num_planned
-        if request.num_computed >= request.next_publish:
-            self.kv.publish_soon(request)
-        if reason is not None:
-            self._end(request, reason)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason

@@ -105,7 +105,7 @@ class Engine:
         """Totals, and the figures of this moment."""
         metrics, scheduler = self._metrics, self.scheduler
         metrics.num_running, metrics.num_waiting = scheduler.num_running, scheduler.num_waiting
-        metrics.kv_usage, metrics.kv_utilization = scheduler.kv_usage, scheduler.kv_utilization
+        metrics.kv_usage, metrics.kv_utilization = scheduler.kv.usage, scheduler.kv_utilization
         metrics.jit_compiles, metrics.graph_captures = self.runner.num_compiles, self.runner.num_captures
         return metrics
 

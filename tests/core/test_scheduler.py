@@ -371,14 +371,14 @@ def test_the_cache_is_well_used_with_64_mixed_rows() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=2048, num_kv_blocks=4096)
     for number in range(1, 65):
         scheduler.add(request_of(number, 40 + 13 * number, max_tokens=200))
-    assert scheduler.kv_usage == 0.0 and scheduler.kv_utilization == 1.0
+    assert scheduler.kv.usage == 0.0 and scheduler.kv_utilization == 1.0
     while scheduler.num_waiting:
         step(scheduler)
     figures = []
     for _ in range(120):
         step(scheduler)
         figures.append(scheduler.kv_utilization)
-    assert scheduler.num_running == 64 and 0.0 < scheduler.kv_usage < 1.0
+    assert scheduler.num_running == 64 and 0.0 < scheduler.kv.usage < 1.0
     assert min(figures) >= 0.95 and max(figures) < 1.0
 
 

@@ -64,9 +64,9 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     ),
     "rejected drafts count as computed": (
         Edit(
-            "scheduler.py",
-            "        request.reopen()\n        request.num_computed = request.num_planned\n",
-            "        request.num_computed = request.num_planned\n        request.reopen()\n",
+            "request.py",
+            "        self.reopen()\n        self.num_computed = self.num_planned\n",
+            "        self.num_computed = self.num_planned\n        self.reopen()\n",
         ),
     ),
     "stale key": (Edit("block_pool.py", "del self.block_of[self.key_of.pop(block)]", "pass"),),
@@ -128,7 +128,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         ),
     ),
     "tokens kept after the end": (
-        Edit("scheduler.py", "            if reason is not None:\n                break\n", ""),
+        Edit("request.py", "            if reason is not None:\n                break\n", ""),
     ),
     "freed row kept quiet": (Edit("running.py", "        self._freed.append(request.row)\n", ""),),
     "dummy block handed out": (Edit("block_pool.py", "range(num_blocks - 1, 0, -1)", "range(num_blocks - 1, -1, -1)"),),
