@@ -70,7 +70,7 @@ class EngineDriver:
         scheduler = self.engine.scheduler
         num_waiting = len(self._queue) + scheduler.num_waiting
         applied = self.engine._num_applied, self.engine._num_computed
-        return Load(applied[0], scheduler.num_running, num_waiting, scheduler.kv_usage, applied[1])
+        return Load(applied[0], scheduler.num_running, num_waiting, scheduler.kv.usage, applied[1])
 
     def submit(self, submission: Submission) -> None:
         """Queue a request. One that cannot be served ends at once, alone."""

@@ -21,6 +21,8 @@ from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes
 
 STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2049, 256))
 """Tokens that mixed steps are padded to."""
+DRAFT_TOKENS = (8, 16, 32)
+"""Sizes of small mixed steps, for engines that draft."""
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 """(is_random, is_filtered)."""
 
@@ -58,10 +60,6 @@ class FinishGraph(NamedTuple):
     rows_L: Tensor
     seats_L: Tensor
     samples_L: Tensor
-
-
-DRAFT_TOKENS = (8, 16, 32)
-"""Sizes of small mixed steps, for engines that draft."""
 
 
 def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: bool = False) -> PaddedShapes:
