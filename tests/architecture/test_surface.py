@@ -13,7 +13,7 @@ import minillm
 from tests.architecture.sources import ROOT
 
 README_BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 MAX_EXAMPLE_LINES = 30
 
 
