@@ -383,3 +383,28 @@ def bench_scheduler() -> None:
     from minillm.bench import scheduler
 
     scheduler.run()
+
+
+PictureOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .svg or .png (needs matplotlib).")]
+
+
+@bench.command("memory")
+def bench_memory(
+    max_length: Annotated[int, typer.Option(help="Longest prompt of the tables.")] = 32_768,
+    picture: PictureOption = None,
+) -> None:
+    """Measured peaks of attention and of a prefill in chunks, and the longest prompt."""
+    from minillm.bench import memory
+
+    memory.run(max_length=max_length, picture=picture)
+
+
+@bench.command("decode")
+def bench_decode(
+    max_context: Annotated[int, typer.Option(help="Longest context of the table.")] = 2048,
+    picture: PictureOption = None,
+) -> None:
+    """Time per token with a KV cache and without, and tokens per second of 16 sequences."""
+    from minillm.bench import decode
+
+    decode.run(max_context=max_context, picture=picture)
