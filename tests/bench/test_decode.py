@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from minillm.bench import decode
 from minillm.bench.yardstick import Yardstick
@@ -59,13 +58,3 @@ def test_a_rate_counts_the_tokens_of_all_sequences(monkeypatch) -> None:
 def test_bad_options_are_named() -> None:
     with pytest.raises(ConfigError, match="max_context must be an integer from 64"):
         decode.run(max_context=1)
-
-
-@pytest.mark.gpu
-def test_peaks_on_a_gpu() -> None:
-    from minillm.bench import memory
-
-    device = torch.device("cuda")
-    rows = list(memory.attention_rows(device, torch.bfloat16, 2048))
-    assert all(row["flash_mib"] < 1 for row in rows)  # tiles live in registers and shared memory
-    assert rows[-1]["standard_mib"] > 8 * 2048 * 2048 * 4 / memory.MIB

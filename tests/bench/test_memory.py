@@ -103,3 +103,11 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         check_picture(tmp_path / "memory.txt")
     with pytest.raises(ConfigError, match="is not there"):
         check_picture(tmp_path / "nowhere" / "memory.svg")
+
+
+@pytest.mark.gpu
+def test_peaks_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    rows = list(memory.attention_rows(device, torch.bfloat16, 2048))
+    assert all(row["flash_mib"] < 1 for row in rows)  # tiles live in registers and shared memory
+    assert rows[-1]["standard_mib"] > 8 * 2048 * 2048 * 4 / MIB
