@@ -7,6 +7,7 @@ the interpreter's lock; LLVM, ptxas and the C compiler (of a launcher, Triton 3.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,17 +63,23 @@ def compiling_ahead(launch_all: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def launches_noted() -> Iterator[list[Any]]:
-    """Within it a launch compiles its kernel, or asks threads for it, and adds it to the list; nothing runs."""
+    """Within it a launch compiles its kernel, or asks threads for it, and adds it to the list; nothing runs.
+
+    What other threads launch runs as always.
+    """
     kernels: list[Any] = []
     asked: set[tuple[Any, ...]] = set()
-    run = JITFunction.run
+    run, thread = JITFunction.run, threading.get_ident()
 
-    def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if threading.get_ident() != thread:
+            return run(self, *args, grid=grid, warmup=warmup, **options)
         # Triton takes a millisecond to see that a kernel is on its way already; every layer asks again.
         call = (id(self), *map(form_of, args), *((name, form_of(value)) for name, value in options.items()))
         if call not in asked:
             asked.add(call)
             kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return None
 
     JITFunction.run = note
     try:
