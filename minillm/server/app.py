@@ -14,6 +14,7 @@ from minillm.server.errors import add_error_handlers
 from minillm.server.insight import insight_router
 from minillm.server.limits import BodyLimit
 from minillm.server.page import page_router
+from minillm.server.responses import responses_router
 from minillm.server.service import Service
 from minillm.server.status import status_router
 
@@ -29,6 +30,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app = FastAPI(title="MiniLLM", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(responses_router(service))
     app.include_router(status_router(service, __version__))
     app.include_router(insight_router(service))
     app.include_router(page_router())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from minillm.errors import RequestError
 from minillm.server.answers import timings_of, usage_of, with_timings
 from minillm.server.protocol import ChatRequest
-from minillm.server.service import Choice, Service, abort_all, finish_all, merged, new_id
+from minillm.server.service import Choice, Piece, Service, abort_all, finish_all, merged, new_id
 from minillm.server.stream import EventStream, while_connected
+from minillm.server.tools import MAX_CALLS, ToolReader
+from minillm.types import FinishReason
 
 __all__ = ["chat_router"]
 
@@ -25,58 +28,101 @@ def chat_router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
+        check_format(body)
         limit = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
         params = body.sampling(
             max_tokens=service.engine.info.limits.max_model_len if limit is None else limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        prompt = await service.encode_chat(body.messages)
+        tools = tools_of(body, service)
+        prompt = await service.encode_chat(body.messages, tools)
         request_id = new_id("chatcmpl")
         choices = service.start(request_id, [prompt], params, body)
         head = {"id": request_id, "created": int(time.time()), "model": service.model_name}
         headers = {"X-Request-Id": request_id}
+        readers = [reader_of(body, tools) for _ in choices]
         if body.stream:
-            return EventStream(events(body, choices, head), headers=headers)
+            return EventStream(events(body, choices, readers, head), headers=headers)
         await while_connected(request, finish_all(choices))
-        entries = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": choice.finish_reason,
-                "timings": timings_of(choice.timings),
-            }
-            for choice in choices
-        ]
+        entries = [entry_of(choice, reader) for choice, reader in zip(choices, readers, strict=True)]
         answer = head | {"object": "chat.completion", "choices": entries, "usage": usage_of(choices)}
         return JSONResponse(with_timings(answer, choices), headers=headers)
 
     return router
 
 
+def check_format(body: ChatRequest) -> None:
+    """Raise RequestError if the answer is to have a form that the engine cannot force on it."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise RequestError(f"response_format of type {body.response_format.type} is not supported: leave it out")
+
+
+def tools_of(body: ChatRequest, service: Service) -> list[dict[str, Any]] | None:
+    """The tools that the model is told of. Raises RequestError if its template has no place for any."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    if not service.tokenizer.has_tools:
+        raise RequestError("tools are not supported: this model's chat template has no place for them")
+    return [tool.model_dump(exclude_none=True) for tool in body.tools]
+
+
+def reader_of(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> ToolReader | None:
+    """What finds calls in an answer; None if there are no tools."""
+    if tools is None:
+        return None
+    return ToolReader([tool["function"]["name"] for tool in tools], MAX_CALLS if body.parallel_tool_calls else 1)
+
+
+def reason_of(choice: Choice, calls: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a choice ended, in OpenAI's words."""
+    return "tool_calls" if calls and choice.finish_reason is FinishReason.STOP else choice.finish_reason
+
+
+def entry_of(choice: Choice, reader: ToolReader | None) -> dict[str, Any]:
+    """One finished choice."""
+    text, calls = choice.text, []
+    if reader is not None:
+        text = reader.feed(text) + reader.finish()
+        calls = reader.calls
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    return {
+        "index": choice.index,
+        "message": message | ({"tool_calls": calls} if calls else {}),
+        "logprobs": None,
+        "finish_reason": reason_of(choice, calls),
+        "timings": timings_of(choice.timings),
+    }
+
+
+def delta_of(piece: Piece, reader: ToolReader | None) -> dict[str, Any]:
+    """What a stream's message gained with a piece."""
+    text, calls = piece.text, []
+    if reader is not None:
+        text = reader.feed(text)
+        if piece.finish_reason is not None:
+            text += reader.finish()
+            calls = [{"index": i} | call for i, call in enumerate(reader.calls)]
+    return ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+
+
 async def events(
-    body: ChatRequest, choices: Sequence[Choice], head: dict[str, Any]
+    body: ChatRequest, choices: Sequence[Choice], readers: Sequence[ToolReader | None], head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's objects; all is ended if the reader goes away."""
     head = head | {"object": "chat.completion.chunk"}
     begun: set[int] = set()
     try:
         async for piece in merged(choices):
-            is_last = piece.finish_reason is not None
-            if not piece.text and not is_last:
+            choice, delta, is_last = choices[piece.index], delta_of(piece, readers[piece.index]), piece.is_last
+            if not delta and not is_last:
                 continue
-            delta: dict[str, Any] = {} if piece.index in begun else {"role": "assistant", "content": ""}
-            begun.add(piece.index)
-            if piece.text:
-                delta["content"] = piece.text
-            entry = {
-                "index": piece.index,
-                "delta": delta,
-                "logprobs": None,
-                "finish_reason": piece.finish_reason,
-            }
+            if piece.index not in begun:
+                begun.add(piece.index)
+                delta = {"role": "assistant", "content": ""} | delta
+            reason = reason_of(choice, delta.get("tool_calls", ()))
+            entry = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": reason}
             chunk = head | {"choices": [entry]}
-            yield with_timings(chunk, [choices[piece.index]]) if is_last else chunk
+            yield with_timings(chunk, [choice]) if is_last else chunk
         if body.wants_usage:
             yield with_timings(head | {"choices": [], "usage": usage_of(choices)}, choices)
     finally:

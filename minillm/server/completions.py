@@ -82,7 +82,7 @@ async def events(
     echoes = {choice.index: echo_of(body, service, choice) for choice in choices}
     try:
         async for piece in merged(choices):
-            choice, is_last = choices[piece.index], piece.finish_reason is not None
+            choice, is_last = choices[piece.index], piece.is_last
             text = echoes.pop(piece.index, "") + piece.text
             if not text and not is_last:
                 continue

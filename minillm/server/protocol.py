@@ -20,6 +20,7 @@ __all__ = [
     "DetokenizeRequest",
     "GenerationRequest",
     "Message",
+    "ResponsesRequest",
     "TokenizeRequest",
 ]
 
@@ -29,6 +30,7 @@ KNOWN = tuple(field.name for field in fields(SamplingParams))
 SAMPLING = tuple(name for name in KNOWN if name not in OWN_FIELDS)
 MAX_NAME = 256
 MAX_PRIORITY = 1000
+MAX_TOOLS = 128
 
 Count = Annotated[int, Field(ge=1)]
 Tokens = list[int]
@@ -192,6 +194,22 @@ class Tool(Strict):
     function: Function
 
 
+class JsonSchema(Strict):
+    """A schema as OpenAI's response_format holds it."""
+
+    name: Annotated[str, Field(max_length=MAX_NAME)] = "answer"
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What form the answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -202,6 +220,12 @@ class ChatRequest(GenerationRequest):
     """The same under its newer name."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    """The model decides; it cannot be made to call a tool."""
+    parallel_tool_calls: bool = True
+    """False reports one call at most."""
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def check_pairs(self) -> ChatRequest:
@@ -211,6 +235,55 @@ class ChatRequest(GenerationRequest):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         return self
+
+
+class InputMessage(Strict):
+    """A message of /v1/responses."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+
+class TextFormat(Strict):
+    """What form the text has."""
+
+    type: Literal["text"]
+
+
+class TextOptions(Strict):
+    """Options of the text."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(GenerationRequest):
+    """POST /v1/responses: text alone, and nothing is stored."""
+
+    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: str | None = None
+    """A system message before the input."""
+    max_output_tokens: int | None = None
+    """Most tokens to generate; what the context has left if not given."""
+    text: TextOptions | None = None
+    store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def check_one(self) -> ResponsesRequest:
+        """There is one output."""
+        if self.n not in (None, 1) or self.stream_options is not None:
+            raise ValueError("n and stream_options are not fields of this endpoint: leave them out")
+        return self
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation."""
+        system = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
+        if isinstance(self.input, str):
+            return [*system, Message(role="user", content=self.input)]
+        return [*system, *(Message(role=each.role, content=each.content) for each in self.input)]
 
 
 class TokenizeRequest(Strict):

@@ -37,6 +37,11 @@ class Piece:
     token_ids: list[int]
     finish_reason: FinishReason | None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the choice has ended."""
+        return self.finish_reason is not None
+
 
 @dataclass(slots=True, kw_only=True)
 class Choice:

@@ -129,6 +129,11 @@ class Tokenizer:
         """Whether `encode_chat` can work."""
         return self._template is not None
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template writes tools."""
+        return self._template is not None and "tools" in self._template
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that the model expects around it. Raises RequestError."""
         try:

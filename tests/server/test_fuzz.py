@@ -20,7 +20,7 @@ from minillm.server.config import ServerConfig
 from tests.server.live import SECONDS, Live, serving
 
 NEIGHBOUR: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 20, "ignore_eos": True}
-POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
 FEW, MANY = 500, 10_000
 SHARED = {
     "deadline": None,
@@ -35,6 +35,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [7], "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}),
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 4, "temperature": 0.5, "seed": 1, "user": "a"}),
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 4, "stream": True, "top_p": 0.9, "top_k": 5}),
+    ("/v1/responses", {"input": "baba", "max_output_tokens": 4, "instructions": "bebe"}),
+    ("/v1/responses", {"input": MESSAGES, "max_output_tokens": 4, "stream": True}),
     ("/tokenize", {"prompt": "baba"}),
     ("/tokenize", {"messages": MESSAGES}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
@@ -121,8 +123,8 @@ def send(live: Live, path: str, body: Any, statuses: Counter[int]) -> None:
     assert response.status_code in (200, 400, 404, 408, 413, 429), (path, body, response.status_code, response.text)
     assert "0x" not in response.text and "Traceback" not in response.text and "/site-packages" not in response.text
     if response.headers["content-type"].startswith("text/event-stream"):
-        lines = [line for line in response.text.split("\n") if line]
-        assert lines[-1] == "data: [DONE]" and "error" not in json.loads(lines[-2].removeprefix("data: "))
+        lines = [line for line in response.text.split("\n") if line.startswith("data: ") and "[DONE]" not in line]
+        assert json.loads(lines[-1].removeprefix("data: ")).get("type") != "error"
 
 
 def fuzz(num: int) -> Counter[int]:
