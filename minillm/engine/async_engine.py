@@ -26,6 +26,7 @@ __all__ = ["AsyncEngine", "AsyncLimits", "TokenStream"]
 
 LOG = logging.getLogger(__name__)
 CHECKS_PER_STALL = 4
+ANSWER_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +186,17 @@ class AsyncEngine:
         return key in self._streams
 
     async def ask(self, query: str, **arguments: Any) -> Any:
-        """The engine's answer to a query between two steps; None for one that it does not know."""
+        """The engine's answer to a query between two steps; None for one that it does not know. Raises EngineError."""
         if self.failure is not None:
             raise EngineError(f"the engine stopped: {self.failure}")
         number = next(self._questions)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._link.send(("ask", (number, query, arguments)))
-        return await answer
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer within {ANSWER_SECONDS:g} s") from None
 
     async def drain(self, timeout: float) -> None:
         """Take no more requests and wait for those that run; abort what is left after `timeout` seconds."""
@@ -232,7 +237,9 @@ class AsyncEngine:
         for ending in report.endings:
             self._end(ending)
         for number, answer in report.answers:
-            self._answers.pop(number).set_result(answer)
+            question = self._answers.pop(number)
+            if not question.done():  # who asked may have gone
+                question.set_result(answer)
         if report.failure:
             LOG.error("the engine stopped: %s", report.failure)
             self._fail_all(report.failure)
@@ -259,7 +266,8 @@ class AsyncEngine:
             timings = Timings(arrival=stream.submission.arrival, finished=self._clock())
             self._end(Ending(key, FinishReason.ERROR, timings, 0, why))
         for answer in self._answers.values():
-            answer.cancel()
+            if not answer.done():
+                answer.set_exception(EngineError(f"the engine stopped: {why}"))
         self._answers.clear()
 
     def _expire(self, stream: TokenStream) -> None:

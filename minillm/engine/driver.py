@@ -96,9 +96,14 @@ class EngineDriver:
             self._end(key, generation)
 
     def ask(self, number: int, query: str, arguments: Mapping[str, Any]) -> None:
-        """Answer a query in the next report; the answer to a wrong one is None."""
-        answer = self._queries.get(query)
-        self._report.answers.append((number, None if answer is None else answer(**arguments)))
+        """Answer a query in the next report; the answer to a wrong one, or one that fails, is None."""
+        answer = None
+        try:
+            if query in self._queries:
+                answer = self._queries[query](**arguments)
+        except Exception:  # no question ends the engine
+            LOG.exception("the query %s failed", query)
+        self._report.answers.append((number, answer))
 
     def turn(self) -> Report:
         """Start what fits, run one step, and report since the last turn. After a failure nothing is left to do."""
