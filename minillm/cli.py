@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from minillm.llm import LLM, Message, Prompt, StreamChunk
 
 DEFAULT_MODEL = "smollm2"
+NOT_SHOWN = ("logprobs", "prompt_logprobs", "n")
+"""Parameters whose results a stream of text has no place for."""
 
 app = typer.Typer(
     help="A small, readable, fast LLM inference engine.",
@@ -162,7 +164,7 @@ def options(
 
 @app.command()
 @with_fields(EngineConfig, "engine")
-@with_fields(SamplingParams, "sampling", temperature=0.0)
+@with_fields(SamplingParams, "sampling", NOT_SHOWN, temperature=0.0)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask or to continue; - reads it from standard input.")],
     model: ModelOption = DEFAULT_MODEL,
@@ -181,7 +183,7 @@ def generate(
 
 @app.command()
 @with_fields(EngineConfig, "engine")
-@with_fields(SamplingParams, "sampling", temperature=0.0, max_tokens=512)
+@with_fields(SamplingParams, "sampling", NOT_SHOWN, temperature=0.0, max_tokens=512)
 def chat(
     model: ModelOption = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="A system message to start with.")] = None,

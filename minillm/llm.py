@@ -68,11 +68,12 @@ class LLM:
         batch = as_batch(prompts)
         each = params_of(params, len(batch))
         encoded = [self._checked(i, prompt, each[i]) for i, prompt in enumerate(batch)]
-        streams: list[TextStream] = []
+        groups: list[list[TextStream]] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
             for ids, each_params in zip(encoded, each, strict=True):
-                streams.append(self._start(ids, each_params, priority, is_streamed=False))
+                groups.append(self._start(ids, each_params, priority, is_streamed=False))
+            streams = [stream for group in groups for stream in group]
             with Progress(*columns, disable=not progress) as bar:
                 task = bar.add_task("generating", total=len(streams))
                 waiting = streams
@@ -81,8 +82,8 @@ class LLM:
                     bar.update(task, completed=len(streams) - len(waiting))
                 bar.update(task, completed=len(streams))
         finally:
-            self._end(streams)
-        return [stream.output(str(i)) for i, stream in enumerate(streams)]
+            self._end([stream for group in groups for stream in group])
+        return [first.output(str(i), others) for i, (first, *others) in enumerate(groups)]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
@@ -92,6 +93,8 @@ class LLM:
         Streams may be read by turns: each turn advances all of them. Raises RequestError at once; EngineError.
         """
         params = params_of(params, 1)[0]
+        if params.n != 1:
+            raise RequestError(f"n must be 1 for a stream, which is one completion, not {params.n}; use generate")
         return self._chunks(self._checked(None, prompt, params), params, priority)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -133,11 +136,12 @@ class LLM:
             raise error if index is None else RequestError(f"prompt {index}: {error}") from error
         return ids
 
-    def _start(self, ids: list[int], params: SamplingParams, priority: int, *, is_streamed: bool) -> TextStream:
-        generation = self.engine.add(ids, params, priority, is_streamed=is_streamed)
-        stream = TextStream(self.engine, self.tokenizer, generation, ids)
-        self._streams[generation.request.number] = stream
-        return stream
+    def _start(self, ids: list[int], params: SamplingParams, priority: int, *, is_streamed: bool) -> list[TextStream]:
+        """A stream for each completion of a prompt."""
+        first = self.engine.add(ids, params, priority, is_streamed=is_streamed)
+        streams = [TextStream(self.engine, self.tokenizer, each, ids) for each in (first, *first.siblings)]
+        self._streams.update({stream.generation.request.number: stream for stream in streams})
+        return streams
 
     def _step(self) -> None:
         """Advance every request of this LLM by a step."""
@@ -156,7 +160,7 @@ class LLM:
             self.engine.drain()
 
     def _chunks(self, ids: list[int], params: SamplingParams, priority: int) -> Iterator[StreamChunk]:
-        stream = self._start(ids, params, priority, is_streamed=True)
+        (stream,) = self._start(ids, params, priority, is_streamed=True)
         try:
             is_done = False
             while not is_done:

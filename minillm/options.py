@@ -6,13 +6,18 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from minillm.errors import RequestError
+
 __all__ = ["field_docs", "with_fields"]
+
+DICTS = ("logit_bias",)
+"""Fields that are given as several TOKEN=NUMBER."""
 
 
 def field_docs(config: type) -> dict[str, str]:
@@ -30,8 +35,14 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspect.Parameter:
-    """A dataclass field as a parameter that Typer makes an option of; of a field's several forms, the list."""
-    kind = next((form for form in get_args(hint) if get_origin(form) is list), hint)
+    """A dataclass field as a parameter that Typer makes an option of; of a field's several forms, the list.
+
+    A dict is given as KEY=VALUE, several times.
+    """
+    forms = get_args(hint)
+    kind = next((form for form in forms if get_origin(form) is list), hint)
+    if any(get_origin(form) is dict for form in forms):
+        kind, help_text = list[str], f"{help_text} Give it as TOKEN=NUMBER, again for each token."
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -40,24 +51,27 @@ def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspe
     )
 
 
-def with_fields(config: type, argument: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_fields(
+    config: type, argument: str, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's parameter `argument` by one option per field of a dataclass.
 
     The command gets `argument` as an instance of `config`. `defaults` replaces the fields' own; a field whose name the
-    command uses already is left out.
+    command uses already is left out, and so are those `without` which it does.
     """
     docs, hints, panel = field_docs(config), get_type_hints(config), f"{config.__name__} options"
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         others = [p for name, p in signature.parameters.items() if name != argument]
-        names = [field.name for field in fields(config) if field.name not in signature.parameters]
+        names = [f.name for f in fields(config) if f.name not in signature.parameters and f.name not in without]
         options = [option_of(f, hints[f.name], docs[f.name], panel) for f in fields(config) if f.name in names]
         options = [p.replace(default=defaults.get(p.name, p.default)) for p in options]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             values = {name: given.pop(name) for name in names}
+            values = {name: pairs(name, v) if name in DICTS and v is not None else v for name, v in values.items()}
             command(**given, **{argument: config(**{k: v for k, v in values.items() if v is not None})})
 
         run.__signature__ = signature.replace(parameters=[*others, *options])  # type: ignore[attr-defined]
@@ -65,3 +79,19 @@ def with_fields(config: type, argument: str, **defaults: Any) -> Callable[[Calla
         return run
 
     return decorate
+
+
+def pairs(name: str, texts: list[str]) -> dict[int, float]:
+    """TOKEN=NUMBER, one for each token. Raises RequestError, naming the option.
+
+    >>> pairs("logit_bias", ["50=-1.5"])
+    {50: -1.5}
+    """
+    found = {}
+    for text in texts:
+        token, _, number = text.partition("=")
+        try:
+            found[int(token)] = float(number)
+        except ValueError:
+            raise RequestError(f"{name} must be given as TOKEN=NUMBER, such as 50=-1.5, not {text!r}") from None
+    return found

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import index
-from typing import SupportsFloat, SupportsIndex
+from typing import NamedTuple, SupportsFloat, SupportsIndex
 
 from minillm.errors import RequestError
 
@@ -24,6 +24,13 @@ __all__ = [
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
 MAX_BEAM_WIDTH = 64
+MAX_BIASED_TOKENS = 300
+MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+MAX_BAD_WORDS = 128
+MAX_TOKENIZED_BAD_WORDS = 2 * MAX_BAD_WORDS
+"""Within a text a word begins with a space, which gives it other tokens."""
+MAX_BAD_WORD_TOKENS = 16
 MAX_SHOWN = 80
 MIN_TEMPERATURE = 1e-5
 """Below this a temperature is greedy: logits divided by less could overflow."""
@@ -41,7 +48,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose tokens, under vLLM's names. Filters apply in the order temperature, top_k, top_p, min_p."""
+    """How to choose tokens, under vLLM's names.
+
+    What changes logits comes first: allowed_token_ids, bad_words, min_tokens, logit_bias, then the penalties; filters
+    follow in the order temperature, top_k, top_p, min_p. A request left without a token to choose ends as error.
+    """
 
     max_tokens: int = 256
     """Most tokens to generate, at least 1."""
@@ -53,12 +64,32 @@ class SamplingParams:
     """Keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1]."""
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the most likely one, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt or output, multiplies negative ones; in [0.01, 100], 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the output, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the output once per occurrence, in [-2, 2]."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these tokens, each in [-100, 100]; at most 300 tokens."""
+    bad_words: tuple[str, ...] | list[str] = ()
+    """Words that the output must not hold, at most 128, each of at most 16 tokens."""
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    """Choose among these tokens only."""
     seed: int | None = None
     """Noise of this request, 0 to 2**63-1; None draws one. The same seed gives the same tokens in any company."""
     stop: tuple[str, ...] | list[str] | str = ()
     """End when one of these strings appears; it is not part of the text."""
     stop_token_ids: tuple[int, ...] | list[int] = ()
     """End when one of these tokens is sampled, beside the model's own end tokens."""
+    logprobs: int | None = None
+    """Report each output token's logprob and those of so many likeliest tokens, 0 to 20; None reports none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, whose prefix is then computed and not taken from the cache."""
+    n: int = 1
+    """Completions of the prompt, which is computed once, 1 to 128; completion i has the seed + i."""
+    min_tokens: int = 0
+    """No end token, stop token or stop string counts before this many output tokens, 0 to max_tokens."""
     ignore_eos: bool = False
     """Do not end at the model's end tokens (for benchmarks)."""
 
@@ -68,14 +99,25 @@ class SamplingParams:
         check_int("top_k", self.top_k, -1, 2**31 - 1)
         check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         check_float("min_p", self.min_p, 0.0, 1.0)
+        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_int("n", self.n, 1, MAX_COMPLETIONS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.seed is not None:
             check_int("seed", self.seed, 0, MAX_SEED)
+        check_strings("stop", self.stop_strings if isinstance(self.stop, str) else self.stop, MAX_STOP_STRINGS)
+        check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         check_end_tokens(self.stop_token_ids, self.ignore_eos)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop must be a string or a list of non-empty strings, not {shown(self.stop)}")
-        if len(stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+        if self.allowed_token_ids is not None:
+            check_tokens("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty: no token could be chosen; None allows all")
+        if self.logit_bias is not None:
+            check_biases(self.logit_bias)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -114,10 +156,7 @@ def check_end_tokens(stop_token_ids: object, ignore_eos: object) -> None:
     """Raise RequestError unless these are a list of token ids and a bool."""
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"ignore_eos must be True or False, not {shown(ignore_eos)}")
-    if not isinstance(stop_token_ids, (list, tuple)):
-        raise RequestError(f"stop_token_ids must be a list of integers, not {shown(stop_token_ids)}")
-    for token in stop_token_ids:
-        check_int("stop_token_ids", token, 0, 2**31 - 1)
+    check_tokens("stop_token_ids", stop_token_ids)
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
@@ -132,6 +171,33 @@ def check_float(name: str, value: object, low: float, high: float, low_open: boo
     number = as_float(value)
     if not low <= number <= high or (low_open and number == low):  # true for NaN
         raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {shown(value)}")
+
+
+def check_strings(name: str, value: object, max_num: int) -> None:
+    """Raise RequestError unless `value` is a list of at most `max_num` strings, none of them empty."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) and part for part in value):
+        raise RequestError(f"{name} must be a list of non-empty strings, not {shown(value)}")
+    if len(value) > max_num:
+        raise RequestError(f"{name} takes at most {max_num} strings, not {len(value)}")
+
+
+def check_tokens(name: str, value: object) -> None:
+    """Raise RequestError unless `value` is a list of token ids; the engine knows the largest."""
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"{name} must be a list of integers, not {shown(value)}")
+    for token in value:
+        check_int(name, token, 0, 2**31 - 1)
+
+
+def check_biases(value: object) -> None:
+    """Raise RequestError unless `value` maps token ids to numbers in [-100, 100]."""
+    if not isinstance(value, dict):
+        raise RequestError(f"logit_bias must be a dict of token ids and numbers, not {shown(value)}")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise RequestError(f"logit_bias takes at most {MAX_BIASED_TOKENS} tokens, not {len(value)}")
+    check_tokens("logit_bias", list(value))
+    for bias in value.values():
+        check_float("logit_bias", bias, -100.0, 100.0)
 
 
 def as_int(value: object) -> int | None:
@@ -224,6 +290,24 @@ class Timings:
         return len(self.token_times) / self.e2el if self.e2el else None
 
 
+class TokenScore(NamedTuple):
+    """A token's logprob by the model's own logits, its rank (1 is the likeliest), and those of the likeliest tokens."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's logprob among all, by the logits that the model gave: before edits, temperature and filters."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
     """One completion of a request."""
@@ -232,6 +316,15 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """Per output token: its own, then the likeliest tokens'. None if not asked for."""
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the output tokens' logprobs, if they were asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(each[token].logprob for token, each in zip(self.token_ids, self.logprobs, strict=True))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -245,6 +338,9 @@ class RequestOutput:
     finish_reason: FinishReason | None
     timings: Timings
     completions: list[CompletionOutput]
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Per prompt token, None for the first; None if not asked for."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -72,9 +72,11 @@ class KVManager:
     def match(self, request: Request, step: int) -> Prefix:
         """The longest prefix that is in the cache, or with the parent it was forked from; it leaves a token to compute.
 
+        None where the prompt's logprobs are asked for: they take all of its logits.
         `step`: the step being planned. A parent seated in it has no content to copy yet.
         """
-        size, max_shared = self.block_size, len(request.tokens) - 1
+        size = self.block_size
+        max_shared = 0 if request.is_scored else len(request.tokens) - 1
         blocks: Sequence[int] = self._find(request, max_shared // size)
         prefix = Prefix(len(blocks) * size, blocks, 0)
         parent = request.parent

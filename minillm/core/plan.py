@@ -17,14 +17,36 @@ def ints() -> array[int]:
     return array("i")
 
 
+class RowEdits(NamedTuple):
+    """What changes a row's logits before a token is drawn from them. Tokens and lengths in ids and positions."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    biases: tuple[tuple[int, float], ...] = ()  # (token, what its logit gains), each token once
+    allowed: tuple[int, ...] | None = None  # None: all tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
+    num_prompt: int = 0  # leading tokens that are no output
+    min_len: int = 0  # tokens, prompt included, before which no stop token is drawn
+    stop_token_ids: tuple[int, ...] = ()
+
+
 class RowParams(NamedTuple):
-    """Numeric sampling parameters of a row, as the device keeps them."""
+    """Sampling parameters of a row, as the device keeps them."""
 
     temperature: float
     top_k: int  # 0: off
     top_p: float
     min_p: float
     seed: int  # 0 .. 2**63 - 1
+    edits: RowEdits | None = None  # None: its logits stay as they are
+    num_logprobs: int = -1  # likeliest tokens to report beside each sampled one, and its own logprob; -1: neither
+    num_prompt_logprobs: int = -1  # the same for each token of the prompt but the first
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the device must know the row's tokens."""
+        return self.edits is not None or self.num_prompt_logprobs >= 0
 
 
 class Seat(NamedTuple):
@@ -34,6 +56,7 @@ class Seat(NamedTuple):
     request: int
     blocks: array[int]
     params: RowParams
+    tokens: array[int] | None = None  # all that are known, if the parameters need them
 
 
 class Wait(NamedTuple):
@@ -106,6 +129,26 @@ class StepPlan:
 
 
 @dataclass(slots=True)
+class Logprobs:
+    """Logprobs of tokens by the model's own logits, before edits, temperature and filters; one entry per token.
+
+    Of tokens sampled in rows with `num_logprobs`, and of prompts' tokens. The likeliest tokens of entry i, in their
+    order, lie at offsets[i] to offsets[i + 1].
+    """
+
+    requests: array[int]
+    positions: array[int]
+    """Of the token in its request."""
+    tokens: array[int]
+    logprobs: array[float]
+    ranks: array[int]
+    """1 plus the number of likelier tokens."""
+    offsets: array[int]
+    top_tokens: array[int]
+    top_logprobs: array[float]
+
+
+@dataclass(slots=True)
 class StepResult:
     """What one step gave, in the order of the plan's rows."""
 
@@ -116,5 +159,7 @@ class StepResult:
     """The gained tokens, flat, in row order."""
     failed: array[int] = field(default_factory=ints)
     """Indices of planned rows whose logits were not finite."""
+    logprobs: Logprobs | None = None
+    """None: no row asked for them."""
     seconds: float = 0.0
     """Time of the step on the device."""

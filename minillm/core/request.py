@@ -45,6 +45,8 @@ class Request:
         "arrival": "when it came, in seconds",
         "salt": "bytes: prefixes are shared only under an equal salt",
         "is_streamed": "somebody reads its tokens as they come, and wants short steps while it decodes",
+        "is_shown": "the device is told its tokens when it is seated: its parameters depend on them",
+        "is_scored": "logprobs of its prompt are asked for, which take all logits and no cached prefix",
         "is_stepwise": "its next plan depends on its last result (drafts, a grammar, a beam): it never runs ahead",
         # Where it stands.
         "drafts": "proposed tokens after the last one read; dropped if that is still unknown",
@@ -95,6 +97,8 @@ class Request:
         self.priority = priority
         self.arrival = arrival
         self.salt = salt
+        self.is_shown = params.needs_tokens
+        self.is_scored = params.num_prompt_logprobs >= 0
         self.is_stepwise = is_stepwise
         self.is_streamed = is_streamed
 

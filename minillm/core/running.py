@@ -88,7 +88,8 @@ class Running:
         request.first_step = plan.step
         request.row = self._free_rows.pop()
         self._num_streamed += request.is_streamed
-        plan.seats += (Seat(request.row, request.number, request.blocks[:], request.params),)
+        tokens = request.tokens[:] if request.is_shown else None
+        plan.seats += (Seat(request.row, request.number, request.blocks[:], request.params, tokens),)
         insert(self.prompts, request)
 
     def vacate(self, request: Request) -> None:
@@ -175,7 +176,8 @@ class Running:
         plan.rows.append(request.row)
         plan.starts.append(start)
         plan.counts.append(count)
-        plan.num_logits.append(num_samples)
+        is_scored = request.is_scored and start < request.num_prompt
+        plan.num_logits.append(count if is_scored else num_samples)
         plan.num_samples.append(num_samples)
         plan.num_tokens.append(count)
         plan.tokens.extend(request.tokens[start:stop])

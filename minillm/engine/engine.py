@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, one step at a time. It joins scheduler and runner and keeps the clock.
 
-It knows no text, no HTTP and no threads: whoever calls `step` drives it.
+It knows no HTTP, no threads and no text but words to be banned: whoever calls `step` drives it.
 """
 
 from __future__ import annotations
@@ -8,62 +8,25 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from minillm.core.plan import RowParams, StepPlan
+from minillm.core.plan import StepPlan
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
 from minillm.decoding.speculator import Speculator, Verified
+from minillm.engine.completions import Generation, note_logprobs
 from minillm.engine.figures import Figures
 from minillm.engine.info import EngineInfo
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step, settled
 from minillm.engine.metrics import Metrics
+from minillm.engine.row_params import RowParamsMaker
 from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
-from minillm.types import MAX_SEED, MIN_TEMPERATURE, FinishReason, SamplingParams, Timings
+from minillm.text.tokenizer import Tokenizer
+from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings
 
-
-class Generation:
-    """A request as the engine's callers see it: its tokens so far, its end, its times."""
-
-    __slots__ = ("_num_taken", "before", "params", "request", "timings")
-
-    def __init__(self, request: Request, params: SamplingParams) -> None:
-        self.request, self.params = request, params
-        self.timings = Timings(arrival=request.arrival, num_prompt_tokens=request.num_prompt)
-        self.before: tuple[int, int] | None = None
-        """Steps, and tokens computed in them, before the one that first seated it."""
-        self._num_taken = request.num_prompt
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended, or None."""
-        return self.request.finish_reason
-
-    def take_new_tokens(self) -> list[int]:
-        """Output tokens that were not taken before."""
-        tokens = list(self.request.tokens[self._num_taken :])
-        self._num_taken += len(tokens)
-        return tokens
-
-    def note(self, now: float, num_steps: int, num_computed: int) -> None:
-        """Copy times and counts from the request; `now` is when its new tokens arrived.
-
-        `num_steps` steps were applied so far and computed `num_computed` tokens, those of other requests included.
-        """
-        request, timings = self.request, self.timings
-        num_new = len(request.tokens) - request.num_prompt - len(timings.token_times)
-        timings.token_times.extend([now] * num_new)
-        timings.first_planned = request.first_planned
-        timings.num_cached_tokens = request.num_cached_tokens
-        timings.num_chunks = request.num_chunks
-        timings.num_preemptions = request.num_preemptions
-        if self.before is not None:
-            timings.num_steps = num_steps - self.before[0]
-            num_own = request.num_prompt - request.num_cached_tokens + max(0, request.num_output - 1)
-            num_own += timings.num_drafts - timings.num_accepted_drafts
-            timings.num_tokens_beside = max(0, num_computed - self.before[1] - num_own)
-        if request.finish_reason is not None:
-            timings.finished = now
+__all__ = ["Engine", "Generation"]
 
 
 class Engine:
@@ -76,6 +39,7 @@ class Engine:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None = None,
         overlap: bool = True,
         seed: int = 0,
         speculator: Speculator | None = None,
@@ -85,6 +49,7 @@ class Engine:
         self.speculator = speculator
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self.timeline, self.figures = Timeline(scheduler), Figures()
+        self._row_params = RowParamsMaker(self.info, tokenizer)
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
@@ -116,6 +81,7 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if this request can never be served; change nothing."""
         self.info.check(prompt, params)
+        self._row_params.check(params)
 
     def add(
         self,
@@ -127,7 +93,7 @@ class Engine:
         salt: bytes = b"",
         is_streamed: bool = True,
     ) -> Generation:
-        """Queue a request; a lower `priority` is served first.
+        """Queue a request; a lower `priority` is served first. Further completions are the generation's `siblings`.
 
         `arrival`: when it came, now if None. `salt`: cached prefixes are shared only under an equal one. `is_streamed`:
         whether somebody reads its tokens as they come, and wants steps to be short.
@@ -138,30 +104,23 @@ class Engine:
         if self._failure is not None:
             raise EngineError(f"the engine stopped: {self._failure}") from self._failure
         self.check(prompt, params)
-        self._num_added += 1
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
-        temperature = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
-        request = Request(
-            self._num_added,
-            prompt,
-            max_tokens=params.max_tokens,
-            params=RowParams(temperature, max(0, params.top_k), params.top_p, params.min_p, seed),
-            stop_token_ids=self.info.stop_token_ids(params),
-            priority=priority,
-            arrival=self.clock() if arrival is None else arrival,
-            salt=salt,
-            is_streamed=is_streamed,
-        )
-        self.scheduler.add(request)
-        generation = Generation(request, params)
-        self._live[request.number] = generation
-        self.timeline.add(request, generation.timings, self.clock())
-        self._metrics.num_requests += 1
-        return generation
+        arrival = self.clock() if arrival is None else arrival
+        options = {"priority": priority, "arrival": arrival, "salt": salt, "is_streamed": is_streamed}
+        first = self._entered(prompt, params, seed, options)
+        self.scheduler.add(first.request)
+        single = replace(params, n=1, prompt_logprobs=None)
+        for i in range(1, params.n):
+            first.siblings.append(self._entered(prompt, single, (seed + i) % (MAX_SEED + 1), options))
+        first.waiting = list(first.siblings)
+        return first
 
     def finish(self, generation: Generation, reason: FinishReason) -> None:
         """End a request now, in whatever state it is: a stop string was seen, or its caller went away."""
-        if self.scheduler.finish(generation.request.number, reason) is not None:
+        request = generation.request
+        if request.finish_reason is None:
+            if self.scheduler.finish(request.number, reason) is None:
+                request.finish_reason = reason  # it waits for its prompt and is not queued
             self._note(generation, self.clock())
 
     def step(self) -> list[Generation]:
@@ -180,6 +139,8 @@ class Engine:
         applied = done.planned if before is None else before.plan
         if applied is not None and done.result is not None:
             self._count_applied(applied)
+            if done.result.logprobs is not None:
+                note_logprobs(self._live, done.result.logprobs)
             if self.speculator is not None:
                 self._note_drafts(self.speculator.note(applied, done.result, was_drafting, now))
         if done.planned is not None:
@@ -203,6 +164,22 @@ class Engine:
             self.finish(generation, FinishReason.ABORT)
         self.drain()
         self._is_closed = True
+
+    def _entered(self, prompt: Sequence[int], params: SamplingParams, seed: int, options: dict[str, Any]) -> Generation:
+        """A generation of its own number, not queued yet."""
+        self._num_added += 1
+        request = Request(
+            self._num_added,
+            prompt,
+            max_tokens=params.max_tokens,
+            params=self._row_params.of(params, len(prompt), seed),
+            stop_token_ids=self.info.stop_token_ids(params),
+            **options,
+        )
+        generation = self._live[request.number] = Generation(request, params)
+        self.timeline.add(request, generation.timings, self.clock())
+        self._metrics.num_requests += 1
+        return generation
 
     def _count_applied(self, plan: StepPlan) -> None:
         for seat in plan.seats:
@@ -232,6 +209,10 @@ class Engine:
 
     def _note(self, generation: Generation, now: float) -> None:
         generation.note(now, self._num_applied, self._num_computed)
+        waiting, generation.waiting = generation.waiting, []
+        for sibling in waiting:  # the prompt is computed
+            if sibling.finish_reason is None:
+                self.scheduler.fork(generation.request, sibling.request)
         if generation.finish_reason is not None:
             del self._live[generation.request.number]
             self.timeline.end(generation.request.number, now)

@@ -30,9 +30,10 @@ class EngineInfo:
                     raise RequestError(
                         f"prompt token {at} is {shown(token)}; token ids are integers from 0 to {self.vocab_size - 1}"
                     )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise RequestError(f"stop_token_ids has {token}; the last token id is {self.vocab_size - 1}")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            last = max(getattr(params, name) or (0,))
+            if last >= self.vocab_size:
+                raise RequestError(f"{name} has {last}; the last token id is {self.vocab_size - 1}")
         reason = self.limits.find_fault(len(prompt), params.max_tokens)
         if reason is not None:
             raise RequestError(reason)

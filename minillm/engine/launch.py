@@ -61,6 +61,7 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
         started.runner,
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
+        tokenizer=tokenizer,
         overlap=config.overlap,
         seed=config.seed,
         speculator=make_speculator(config, sizes.max_num_samples),

@@ -8,18 +8,25 @@ from minillm.engine.engine import Engine, Generation
 from minillm.text.detokenizer import Detokenizer
 from minillm.text.stop import StopMatcher
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import CompletionOutput, FinishReason, RequestOutput
+from minillm.types import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenScore
 
 
 class TextReader:
     """One completion's text, token by token: what is certain, up to a stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str], stop_token_ids: Set[int]
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
+        stop_token_ids: Set[int],
+        min_tokens: int = 0,
     ) -> None:
+        """`min_tokens`: a stop string counts if it begins after so many."""
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._matcher = StopMatcher(stop_strings)
         self._stop_token_ids = stop_token_ids
+        self._num_unmatched = min_tokens
 
     @property
     def is_matched(self) -> bool:
@@ -28,7 +35,13 @@ class TextReader:
 
     def feed(self, token: int) -> str:
         """Text that is certain once this token is known; an end token is billed and reported, but is no text."""
-        return "" if token in self._stop_token_ids else self._matcher.feed(self._detokenizer.feed(token))
+        if token in self._stop_token_ids:
+            return ""
+        text = self._detokenizer.feed(token)
+        if self._num_unmatched:
+            self._num_unmatched -= 1
+            return text
+        return self._matcher.feed(text)
 
     def finish(self) -> str:
         """What was held back, at the end of the tokens."""
@@ -40,9 +53,9 @@ class TextStream:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, generation: Generation, prompt: list[int]) -> None:
         self.generation = generation
-        self._engine, self._prompt = engine, prompt
-        stop_token_ids = generation.request.stop_token_ids
-        self._reader = TextReader(tokenizer, prompt, generation.params.stop_strings, stop_token_ids)
+        self._engine, self._tokenizer, self._prompt = engine, tokenizer, prompt
+        params, stop_token_ids = generation.params, generation.request.stop_token_ids
+        self._reader = TextReader(tokenizer, prompt, params.stop_strings, stop_token_ids, params.min_tokens)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
         self._num_taken = 0, 0
@@ -75,16 +88,43 @@ class TextStream:
         self._num_taken = len(self._pieces), len(self.token_ids)
         return text, token_ids
 
-    def output(self, request_id: str) -> RequestOutput:
-        """The finished request."""
-        text, reason = "".join(self._pieces), self.finish_reason
-        completion = CompletionOutput(index=0, text=text, token_ids=self.token_ids, finish_reason=reason)
+    def completion(self, index: int) -> CompletionOutput:
+        """The finished completion, the `index`-th of its prompt."""
+        text, scores = "".join(self._pieces), self.generation.scores[: len(self.token_ids)]
+        is_scored = self.generation.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            logprobs=[self._logprobs_of(score) for score in scores] if is_scored else None,
+        )
+
+    def output(self, request_id: str, others: Sequence[TextStream] = ()) -> RequestOutput:
+        """The finished request; `others`: the further completions of its prompt."""
+        completions = [stream.completion(i) for i, stream in enumerate((self, *others))]
+        first, prompt_logprobs = completions[0], None
+        if self.generation.params.prompt_logprobs is not None:
+            prompt_scores = self.generation.prompt_scores
+            prompt_logprobs = [None if score is None else self._logprobs_of(score) for score in prompt_scores]
         return RequestOutput(
             request_id=request_id,
             prompt_token_ids=self._prompt,
-            text=text,
-            token_ids=self.token_ids,
-            finish_reason=reason,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
             timings=self.generation.timings,
-            completions=[completion],
+            completions=completions,
+            logprobs=first.logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
+
+    def _logprobs_of(self, score: TokenScore) -> dict[int, Logprob]:
+        """A token's logprob, then those of the likeliest, with what each would add to the text."""
+        found = {score.token: (score.logprob, score.rank)}
+        for rank, (token, logprob) in enumerate(score.top, start=1):
+            found.setdefault(token, (logprob, rank))
+        return {
+            token: Logprob(logprob, rank, self._tokenizer.decode([token], skip_special_tokens=False))
+            for token, (logprob, rank) in found.items()
+        }

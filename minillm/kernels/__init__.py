@@ -2,7 +2,7 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, decode_attention, fused, sampling, step_inputs behind it)
+    gpu        Triton (attention, hopper_attention, decode_attention, edits, fused, sampling, step_inputs behind it)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -10,7 +10,7 @@ it launches before the first step.
 
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
 R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,
-O output features, E entries of a rotary table = positions.
+O output features, E entries of a rotary table = positions, K edited rows, D drafts, W = V / 32 words of a mask.
 
     linear(x_TD, weight_OD, bias_O | None) -> y_TO
     rms_norm(x_TD, weight_D, eps) -> y_TD
@@ -31,6 +31,8 @@ O output features, E entries of a rotary table = positions.
                  context_lens_R, num_decodes, max_context_len) -> prepared
         only where a set has it: what all layers of a step share. Its `rotary_and_store` and `attention` then take
         `prepared`, which must come from the same arguments.
+    edit_scores(scores_KV, *, seats_K, counts_SV, drafts_KD, penalties_K3, mask_KW) -> None
+        penalties for tokens seen before, and a mask of what is allowed, on fp32 logits in place.
     sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
         -> tokens_L (int32), is_finite_L (bool)
         greedy where temperature is 0; else Gumbel-max with noise keyed by (seed, position, token id).

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels.cpu_linear import PackedWeight, linear, pack_linear
-from minillm.kernels.sampling_reference import gumbel_noise, keep_mask
+from minillm.kernels.sampling_reference import edit_scores, gumbel_noise, keep_mask
 
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "attention",
     "default_dtype",
+    "edit_scores",
     "linear",
     "pack_linear",
     "prepare_step",

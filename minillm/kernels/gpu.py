@@ -20,9 +20,19 @@ from torch import Tensor
 from minillm.kernels import fused, reference
 from minillm.kernels.attention import paged_attention
 from minillm.kernels.decode_attention import decode_attention
+from minillm.kernels.edits import edit_scores
 from minillm.kernels.sampling import sample
 
-__all__ = ["add_rms_norm", "attention", "linear", "rms_norm", "rotary_and_store", "sample", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "edit_scores",
+    "linear",
+    "rms_norm",
+    "rotary_and_store",
+    "sample",
+    "silu_mul",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256

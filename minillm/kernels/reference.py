@@ -11,9 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.kernels.sampling_reference import sample
+from minillm.kernels.sampling_reference import edit_scores, sample
 
-__all__ = ["add_rms_norm", "attention", "linear", "rms_norm", "rotary_and_store", "sample", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "edit_scores",
+    "linear",
+    "rms_norm",
+    "rotary_and_store",
+    "sample",
+    "silu_mul",
+]
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,47 @@ class PaddedShapes:
 
 
 @dataclass(slots=True, kw_only=True)
+class EditWords:
+    """What edits of logits (`runtime.edits`) need from the host in a step."""
+
+    sections: tuple[Ints, ...]
+    """int32 arrays: seats [n], profiles [n P], known seats, positions and tokens [3 T], step columns [5 K], counted
+    seats and positions [2 C]. Step columns: row of logits, seat, position, the row's first sampled position, the
+    token there (-1: the device has it)."""
+    num_prompt: int
+    """Known tokens in front that are of prompts."""
+    num_rows: int
+    """Rows of logits that are edited."""
+    num_drafts: int
+    """Most drafts before a sampled position."""
+    has_biases: bool
+    has_bad_words: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoreWords:
+    """Which tokens' logprobs (`runtime.logprobs`) a step reports: sampled ones, then those of prompts."""
+
+    rows: Ints
+    """int32: row of logits of each sampled token, then row of the batch's tokens for each prompt's."""
+    targets: Ints
+    """int32: the prompts' tokens."""
+    entries: Ints
+    """Planned row of each."""
+    positions: Ints
+    """Of the token in its request."""
+    places: Ints
+    """Of a sampled token: which of its planned row's it is."""
+    num_top: Ints
+    """Likeliest tokens to report for each."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Sampled tokens, in front."""
+        return len(self.places)
+
+
+@dataclass(slots=True, kw_only=True)
 class StepWords:
     """The sections of a step's buffer in order, and what the host knows about the step."""
 
@@ -46,7 +87,7 @@ class StepWords:
     order: Ints
     """Planned row of each row of the batch."""
     num_logits: Ints
-    """Logits per row of the batch."""
+    """Rows of logits that are sampled, per row of the batch."""
     num_rows: int
     """Rows of the batch, padding not counted; the three below count it."""
     num_tokens: int
@@ -58,18 +99,10 @@ class StepWords:
     max_context_len: int
     is_random: bool
     is_filtered: bool
-
-    @property
-    def size(self) -> int:
-        """Words in all."""
-        return sum(s.size for s in self.sections)
-
-    def offsets(self) -> Iterator[tuple[int, int]]:
-        """Begin and end of each section in the buffer."""
-        at = 0
-        for section in self.sections:
-            yield at, at + section.size
-            at += section.size
+    edits: EditWords | None = None
+    """None: no row's logits change."""
+    scores: ScoreWords | None = None
+    """None: nobody asks for logprobs."""
 
 
 def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
@@ -85,7 +118,7 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     ends = np.cumsum(counts, dtype=np.int32)
     starts = column(plan.starts)[order]
     seats = column(plan.rows)[order]
-    num_logits = column(plan.num_logits)[order]
+    num_logits = column(plan.num_samples)[order]
     logit_seats = np.repeat(seats, num_logits)
     copies = column(plan.copies).reshape(-1, 2)
     columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
@@ -167,6 +200,16 @@ def trailing(ends: Ints, counts: Ints) -> Ints:
     >>> trailing(np.array([3, 9]), np.array([1, 2])).tolist()
     [2, 7, 8]
     """
-    first = np.repeat(ends - counts, counts)
-    within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return (first + within).astype(np.int32)
+    owners, within = places_of(counts)
+    return ((ends - counts)[owners] + within).astype(np.int32)
+
+
+def places_of(counts: Ints) -> tuple[Ints, Ints]:
+    """For counts[i] things of each i, flat: whose each is, and which of its owner's it is.
+
+    >>> [part.tolist() for part in places_of(np.array([2, 0, 1]))]
+    [[0, 0, 2], [0, 1, 0]]
+    """
+    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    firsts = np.cumsum(counts, dtype=np.int32) - counts
+    return owners, np.arange(len(owners), dtype=np.int32) - firsts[owners]

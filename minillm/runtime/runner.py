@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import ModuleType
@@ -26,6 +26,8 @@ from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes, StepWords, step_words
 from minillm.runtime.cuda_graphs import Hidden, StepGraphs
+from minillm.runtime.edits import LogitEdits, StepEdits
+from minillm.runtime.logprobs import LogprobRows, logprob_columns, score_step
 from minillm.runtime.rows import NUM_PARAM_WORDS, Ints, Rows
 from minillm.runtime.verify import verified
 
@@ -59,6 +61,10 @@ class Runner:
         self.device = kv_cache.device
         self.block_size = kv_cache.shape[4]
         self._graphs: StepGraphs | None = None
+        self._edits = LogitEdits(
+            len(rows.last_tokens_S), model.config.vocab_size, rows.max_blocks * self.block_size, self.device
+        )
+        self._logprobs = LogprobRows(len(rows.last_tokens_S))
         self._queue: deque[tuple[StepWords, Arrival]] = deque()
 
     @torch.inference_mode()
@@ -83,6 +89,8 @@ class Runner:
     def submit(self, plan: StepPlan) -> Pending:
         """Enqueue a step."""
         words = step_words(plan, self.rows, self.shapes)
+        words.edits = self._edits.words(plan, words.order)
+        words.scores = self._logprobs.words(plan, words.order)
         if self.device.type == "cuda":
             return Pending(plan, words, self._launch(words))
         self._queue.append((words, Future()))
@@ -104,20 +112,57 @@ class Runner:
 
         `kind`: (is_random, is_filtered).
         """
-        x_TD, residual_TD, positions_T = hidden
+        tokens_L, is_finite_L = self._sample(self._logits(hidden, rows_L), seats_L, hidden.positions_T[rows_L], kind)
+        return self._kept(tokens_L, is_finite_L, seats_L)
+
+    def _finish_special(
+        self, words: StepWords, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, edits: StepEdits | None
+    ) -> Tensor:
+        """Samples [L], then words of logprobs, for a step in which a row has edited logits or asks for logprobs.
+
+        Rows with edited logits are sampled again, from what these became.
+        """
+        kind = (words.is_random, words.is_filtered)
+        samples_L, logits_LV = rows_L, hidden.x_TD[:0]
+        if words.num_samples:
+            logits_LV = self._logits(hidden, rows_L)
+            tokens_L, is_finite_L = self._sample(logits_LV, seats_L, hidden.positions_T[rows_L], kind)
+            if edits is not None and edits.words.num_rows:
+                edited_K, seats_K, positions_K, *_ = edits.columns
+                scores_KV = self._edits.scores(self.ops, logits_LV, self.rows.last_tokens_S, edits)
+                tokens_L[edited_K], is_finite_L[edited_K] = self._sample(scores_KV, seats_K, positions_K, kind)
+            samples_L = self._kept(tokens_L, is_finite_L, seats_L)
+        if words.scores is None:
+            return samples_L
+        rows_M, targets = self._to_device((words.scores.rows, words.scores.targets))
+        sampled = (logits_LV, samples_L)
+        packed = score_step(words.scores, rows_M, targets, partial(self._logits, hidden), sampled)
+        return torch.cat([samples_L, packed])
+
+    def _logits(self, hidden: Hidden, rows_L: Tensor) -> Tensor:
+        return self.model.logits(hidden.x_TD[rows_L], hidden.residual_TD[rows_L])
+
+    def _sample(
+        self, logits_LV: Tensor, seats_L: Tensor, positions_L: Tensor, kind: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens that follow `positions_L` [L] int32, and whether their logits were finite [L]."""
         params_L6 = self.rows.params_S6[seats_L]
         floats_L6 = params_L6.view(torch.float32)
         tokens_L, is_finite_L = self.ops.sample(
-            self.model.logits(x_TD[rows_L], residual_TD[rows_L]),
+            logits_LV,
             temperature_L=floats_L6[:, 0].contiguous(),
             top_k_L=params_L6[:, 1].contiguous(),
             top_p_L=floats_L6[:, 2].contiguous(),
             min_p_L=floats_L6[:, 3].contiguous(),
             seeds_L=params_L6[:, 4:6].contiguous().view(torch.int64)[:, 0],
-            positions_L=positions_T[rows_L] + 1,
+            positions_L=positions_L + 1,
             is_random=kind[0],
             is_filtered=kind[1],
         )
+        return tokens_L, is_finite_L
+
+    def _kept(self, tokens_L: Tensor, is_finite_L: Tensor, seats_L: Tensor) -> Tensor:
+        """The samples, once the rows' last tokens are noted."""
         # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
         self.rows.last_tokens_S[seats_L] = tokens_L
         return torch.where(is_finite_L, tokens_L, NOT_FINITE)
@@ -151,26 +196,33 @@ class Runner:
     @torch.inference_mode()
     def _step(self, words: StepWords) -> Tensor:
         """Apply the deltas, run the model, sample; int32 [L] on the device."""
-        sections = self._to_device(words)
+        sections = self._to_device(words.sections)
         columns, tokens, rows_L, seats_L, places, blocks, seated, params, copy_from, copy_to = sections
         self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
         if copy_from.numel():
             self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
+        edits = None
+        if words.edits is not None:
+            edits = StepEdits(words.edits, self._to_device(words.edits.sections))
+            self._edits.seat(edits)
         columns_5R = columns.view(NUM_ROW_COLUMNS, -1)
         hidden = None if self._graphs is None else self._graphs.run_layers(columns_5R, tokens)
         if hidden is None:
             hidden = self._run_layers(self._bounds(words), columns_5R, tokens)
+        if words.scores is not None or (edits is not None and edits.words.num_rows):
+            return self._finish_special(words, hidden, rows_L, seats_L, edits)
         if not words.num_samples:
             return rows_L
         kind = (words.is_random, words.is_filtered)
         samples_L = None if self._graphs is None else self._graphs.finish(hidden, rows_L, seats_L, kind)
         return self.finish(hidden, rows_L, seats_L, kind) if samples_L is None else samples_L
 
-    def _to_device(self, words: StepWords) -> list[Tensor]:
-        host = torch.empty(words.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        np.concatenate(words.sections, out=host.numpy())
-        flat = host.to(self.device, non_blocking=True)
-        return [flat[begin:end] for begin, end in words.offsets()]
+    def _to_device(self, sections: Sequence[Ints]) -> list[Tensor]:
+        """int32 arrays as tensors on the device, by one copy."""
+        sizes = [section.size for section in sections]
+        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        np.concatenate(sections, out=host.numpy())
+        return list(host.to(self.device, non_blocking=True).split(sizes))
 
     def _bounds(self, words: StepWords) -> StepWords | Bounds:
         if self.device.type != "cuda":
@@ -235,4 +287,7 @@ def step_result(plan: StepPlan, words: StepWords, samples: Ints, seconds: float)
         owners = np.repeat(np.arange(words.num_rows, dtype=np.int32), np.frombuffer(counts, np.int32))
         is_bad = np.frombuffer(tokens, np.int32) == NOT_FINITE
         failed.extend(np.unique(owners[is_bad]).tolist())
-    return StepResult(step=plan.step, counts=counts, tokens=tokens, failed=failed, seconds=seconds)
+    logprobs = None
+    if words.scores is not None:
+        logprobs = logprob_columns(plan, words.scores, samples[words.num_samples :], counts, tokens)
+    return StepResult(plan.step, counts, tokens, failed, logprobs, seconds)

@@ -18,6 +18,7 @@ from minillm.errors import ConfigError, MemoryFitError
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import PaddedShapes
 from minillm.runtime.cuda_graphs import STEP_TOKENS, padded_shapes, padding, run_each_shape
+from minillm.runtime.edits import LogitEdits
 from minillm.runtime.kv_cache import (
     CPU_CACHE_BYTES,
     MemoryBudget,
@@ -226,7 +227,9 @@ def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes:
         free, _ = free_memory(device)
         activations, weights = estimated, model.num_weight_bytes
         usable = weights + int(free * config.gpu_memory_utilization)
-    tables = (sizes.max_num_seqs + 1) * -(-sizes.max_model_len // sizes.block_size) * TABLE_ENTRY_BYTES
+    num_seats = sizes.max_num_seqs + 1
+    tables = num_seats * -(-sizes.max_model_len // sizes.block_size) * TABLE_ENTRY_BYTES
+    tables += LogitEdits.num_bytes(num_seats, model.config.vocab_size, sizes.max_model_len)
     return MemoryBudget(
         total=usable,
         weights=weights,

@@ -36,7 +36,7 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
     "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__", "options"},
-    "options": set(),
+    "options": SHARED,
     "__main__": {"cli"},
     "": {"llm", "config"} | SHARED,  # the package itself: public names only
 }

@@ -129,6 +129,13 @@ def test_options_reach_the_configs(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch
     assert llm.opened == ("x", config)  # type: ignore[attr-defined]
 
 
+def test_a_dict_is_given_as_token_and_number(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--logit-bias", "50=-100", "--logit-bias", "7=1.5", "--bad-words", "rain", "--allowed-token-ids", "3"]
+    assert run(monkeypatch, "generate", "Q", *argv) == 0
+    expected = {"logit_bias": {50: -100.0, 7: 1.5}, "bad_words": ["rain"], "allowed_token_ids": [3]}
+    assert llm.params == [SamplingParams(temperature=0.0, **expected)]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("config", [EngineConfig, SamplingParams])
 def test_every_field_has_help(config: type) -> None:
     docs = field_docs(config)
@@ -146,6 +153,10 @@ def test_prompt_from_standard_input(llm: FakeLLM, monkeypatch: pytest.MonkeyPatc
     ("argv", "message"),
     [
         (["generate", "Q", "--temperature", "-1"], "minillm: temperature must be a number in [0.0, 100.0], not -1.0\n"),
+        (
+            ["generate", "Q", "--logit-bias", "a=b"],
+            "minillm: logit_bias must be given as TOKEN=NUMBER, such as 50=-1.5, not 'a=b'\n",
+        ),
         (["generate", "Q", "--block-size", "17"], "minillm: block_size must be one of (16, 32, 64, 128), not 17\n"),
     ],
 )

@@ -33,9 +33,16 @@ def prompts(num: int, seed: int = 0) -> list[list[int]]:
 
 
 def params(num: int) -> list[SamplingParams]:
-    """Greedy, plain random and filtered rows by turns, of different lengths."""
-    kinds = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02}]
-    return [SamplingParams(**kinds[i % 3], seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(num)]
+    """Greedy, plain random, filtered and edited rows by turns, of different lengths."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "logit_bias": {7: 1.0}},
+        {"temperature": 0.7, "presence_penalty": 0.5, "bad_words": ["baba bade"], "min_tokens": 3},
+        {"temperature": 0.7, "top_p": 0.9, "allowed_token_ids": list(range(3, 400, 2))},
+    ]
+    return [SamplingParams(**kinds[i % 6], seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(num)]
 
 
 def outputs(model: str, options: dict[str, Any], num: int = 20) -> list[list[int]]:
