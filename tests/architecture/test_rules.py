@@ -18,6 +18,7 @@ MAX_POSITIONAL = 7
 
 SHARED = {"errors", "types"}
 ENGINE = {"core", "runtime", "decoding", "text", "model.sources", "analysis", "config"} | SHARED
+CLI = {"cli_bench", "model_option", "options"}
 ARROWS = {  # a layer -> the modules or packages of ours that it may import, beside itself
     "errors": set(),
     "types": {"errors"},
@@ -35,14 +36,16 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "server": {"engine", "text", "config", "__version__"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
-    "cli": ENGINE | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__", "options"},
+    "cli": ENGINE | CLI | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
+    "cli_bench": {"bench", "config", "model_option", "options"},
+    "model_option": {"model"},
     "options": SHARED,
     "__main__": {"cli"},
     "": {"llm", "config"} | SHARED,  # the package itself: public names only
 }
 STDLIB_ONLY = ("errors", "types", "config", "core")
 NO_TORCH = ("text", "analysis", "server")  # anywhere in the file
-STARTS_WITHOUT_TORCH = ("", "cli", "options", "__main__")  # so that `minillm --help` answers at once
+STARTS_WITHOUT_TORCH = ("", "cli", *sorted(CLI), "__main__")  # so that `minillm --help` answers at once
 TEST_LIBRARIES = {"transformers", "vllm", "pytest", "hypothesis"}  # a bench may import the first two when it runs
 
 FILES = python_files("minillm")
