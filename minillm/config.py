@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_SIZE = 2**31 - 1
 MAX_DRAFTS = 32
-DEFAULT_DRAFTS = 8
+NGRAM_DRAFTS, MODEL_DRAFTS = 8, 4
 NGRAM = "ngram"
 MAX_SIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -68,9 +68,11 @@ class EngineConfig:
     """Draws the seeds of requests that bring none, and random weights."""
     speculative: str | None = None
     """Who drafts tokens for the model to verify, which changes no output: ngram (what followed the last tokens when
-    they appeared before). None drafts nothing."""
+    they appeared before) or the name of a small model with the same tokeniser. None drafts nothing."""
     num_drafts: int | None = None
-    """Most drafts of a request in a step, 1 to 32; None is 8. Fewer if they do not pay."""
+    """Most drafts of a request in a step, 1 to 32; None is 8 for ngram, 4 for a model. Fewer if they do not pay."""
+    draft_device: str | None = None
+    """Where the small model runs: cpu, cuda or cuda:N; None is beside the large one."""
     recorded_steps: int = 512
     """Steps that the flight recorder keeps at least, without contents; 0 turns it off."""
 
@@ -102,17 +104,23 @@ class EngineConfig:
         self._check_speculation()
 
     def _check_speculation(self) -> None:
-        if self.speculative not in (None, NGRAM):
-            raise ConfigError(f"speculative must be {NGRAM} or None, not {shown(self.speculative)}")
+        for name in ("speculative", "draft_device"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name} must be a name or None, not {shown(value)}")
         if self.num_drafts is not None and not is_int_in(self.num_drafts, 1, MAX_DRAFTS):
             raise ConfigError(f"num_drafts must be an integer from 1 to {MAX_DRAFTS}, not {shown(self.num_drafts)}")
         if self.speculative is None and self.num_drafts is not None:
             raise ConfigError("num_drafts means nothing without speculative: name who drafts")
+        if self.speculative in (None, NGRAM) and self.draft_device is not None:
+            raise ConfigError("draft_device means nothing without a small model: name one as speculative")
 
     @property
     def max_drafts(self) -> int:
         """Most drafts of a request in a step; 0 without speculation."""
-        return 0 if self.speculative is None else self.num_drafts or DEFAULT_DRAFTS
+        if self.speculative is None:
+            return 0
+        return self.num_drafts or (NGRAM_DRAFTS if self.speculative == NGRAM else MODEL_DRAFTS)
 
 
 def is_int_in(value: object, low: int, high: int) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from minillm import LLM, FinishReason, SamplingParams
 from minillm.core.request import Request
+from minillm.core.scheduler import Scheduler
 from minillm.decoding.controller import Controller, Fixed
+from minillm.decoding.draft_model import DraftModel
 from minillm.errors import ConfigError
 from tests.engine.test_invariance import BASE, PARAMS, TIGHT, params_of, preempted_prompts, prompts, tokens_of
 
@@ -170,6 +173,18 @@ def test_n_gram_drafts_on_a_real_model(smollm2_plain: LLM, temperature: float) -
     assert (outputs[0].timings.mean_accepted_length or 0) > 2
 
 
+def test_a_real_model_drafts_for_itself(smollm2_plain: LLM) -> None:
+    asked = [{"role": "user", "content": f"Repeat the following text exactly:\n\n{TEXT}"}]
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=12)
+    expected = smollm2_plain.generate([asked], params)[0].token_ids
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "num_kv_blocks": 200}
+    with LLM("smollm2", **options, speculative="smollm2", num_drafts=3) as llm:
+        force(llm, Fixed(3))
+        output = llm.generate([asked], params)[0]
+    assert output.token_ids == expected
+    assert output.timings.acceptance_rate == 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,10 +192,57 @@ def test_n_gram_drafts_on_a_real_model(smollm2_plain: LLM, temperature: float) -
         ({"speculative": "ngram", "num_drafts": 0}, "num_drafts must be an integer from 1 to 32"),
         ({"speculative": "ngram", "num_drafts": 33}, "num_drafts must be an integer from 1 to 32"),
         ({"speculative": "ngram", "num_drafts": True}, "num_drafts must be an integer"),
-        ({"speculative": ""}, "speculative must be ngram or None"),
-        ({"speculative": 5}, "speculative must be ngram or None"),
+        ({"speculative": ""}, "speculative must be a name or None"),
+        ({"speculative": 5}, "speculative must be a name or None"),
+        ({"draft_device": "cpu"}, "draft_device means nothing without a small model"),
+        ({"speculative": "ngram", "draft_device": "cpu"}, "draft_device means nothing without a small model"),
+        ({"speculative": "smollm2"}, "a vocabulary of 49152 tokens and 'random:tiny-llama' one of 512"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LLM(MODEL, **(BASE | options))
+
+
+DRAFTED = {
+    "plain loop": {},
+    "overlap": {"overlap": True},
+    "budget 16, blocks of 32": {"max_num_batched_tokens": 16, "block_size": 32, "num_kv_blocks": 350},
+}
+
+
+@pytest.mark.parametrize("variant", DRAFTED)
+@pytest.mark.parametrize("small", [MODEL, "random:tiny-mistral"])
+def test_a_small_model_drafts(alone: dict[str, list[list[int]]], small: str, variant: str) -> None:
+    """All drafts of the model itself hold, sampled ones as well as greedy ones; another model's change no token."""
+    with LLM(MODEL, **(BASE | DRAFTED[variant] | {"speculative": small, "num_drafts": 4})) as llm:
+        force(llm, Fixed(4))
+        for kind, params in PARAMS.items():
+            outputs = llm.generate(prompts(), params)
+            assert [out.token_ids for out in outputs] == alone[kind]
+            rates = [out.timings.acceptance_rate for out in outputs]
+            assert rates == [1.0] * len(rates) if small == MODEL else max(rates) < 1.0
+
+
+def test_a_small_model_finds_what_it_computed() -> None:
+    """A long prompt is computed once, then no more than a block of it and what was gained since."""
+    with LLM(MODEL, **(BASE | {"speculative": MODEL, "num_drafts": 4})) as llm:
+        force(llm, Fixed(4))
+        drafter = llm.engine.speculator and llm.engine.speculator.drafter
+        assert isinstance(drafter, DraftModel)
+        sizes, submit = [], drafter._runner.submit
+        drafter._runner.submit = lambda plan: sizes.append(plan.num_batched_tokens) or submit(plan)  # type: ignore
+        llm.generate([list(range(5, 205))], SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+    assert sizes[0] > 190 and max(sizes[1:]) <= 16 + 5
+
+
+def test_prompts_too_long_for_the_small_model_are_not_drafted() -> None:
+    long = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    with LLM(MODEL, **(BASE | {"speculative": MODEL})) as llm:
+        force(llm, Fixed(4))
+        drafter = llm.engine.speculator and llm.engine.speculator.drafter
+        assert isinstance(drafter, DraftModel)
+        drafter._scheduler = Scheduler(replace(drafter._scheduler.limits, max_model_len=40))
+        outputs = llm.generate([[5] * 50, [6] * 20], long)
+    assert [out.timings.num_drafts > 0 for out in outputs] == [False, True]
+    assert [len(out.token_ids) for out in outputs] == [8, 8]
