@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from minillm.bench.serve_options import ServeOptions
 from minillm.config import EngineConfig
+from minillm.errors import ConfigError
 from minillm.model_option import ModelOption, prepare
 from minillm.options import with_fields
 
@@ -80,6 +83,21 @@ def bench_load(
         vllm_budgets=vllm_budget or [2048],
         config=config,
     )
+
+
+@bench.command("serve")
+@with_fields(ServeOptions, "options")
+def bench_serve(
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the server's key, or MINILLM_API_KEY.")] = None,
+    *,
+    options: ServeOptions,
+) -> None:
+    """Latencies and throughput of any OpenAI-compatible server under an open loop of requests."""
+    try:
+        from minillm.bench import serve
+    except ImportError as error:
+        raise ConfigError(f"bench serve needs more packages ({error.name}): pip install 'minillm[bench]'") from error
+    serve.run(options, serve.read_key(api_key_file) if api_key_file else os.environ.get("MINILLM_API_KEY"))
 
 
 @bench.command("kernels")

@@ -16,7 +16,7 @@ FILES = python_files("minillm")
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 UNSAFE = ("eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "numpy.load", "np.load", "os.system")
 PROCESS_INPUTS = ("os.environ", "os.getenv", "sys.argv")
-MAY_READ_PROCESS_INPUTS = ("cli", "__main__")
+MAY_READ_PROCESS_INPUTS = ("cli", "cli_bench", "__main__")
 
 
 def names_used(tree: ast.AST) -> set[str]:

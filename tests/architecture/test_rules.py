@@ -37,7 +37,7 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
     "cli": ENGINE | CLI | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
-    "cli_bench": {"bench", "config", "model_option", "options"},
+    "cli_bench": {"bench", "config", "model_option", "options"} | SHARED,
     "model_option": {"model"},
     "options": SHARED,
     "__main__": {"cli"},
