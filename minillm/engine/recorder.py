@@ -72,7 +72,7 @@ class RecordingScheduler(Scheduler):
         recording = self._recording
         recording.events.append(("update", result))
         recording.in_flight = [other for other in recording.in_flight if other.step != plan.step]
-        recording.turn_over(self)
+        recording.note_applied(self)
         return changed
 
     def recording(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Recording:
 
     def __init__(self, num_steps: int) -> None:
         self.in_flight: list[StepPlan] = []
-        self._num_steps = num_steps
+        self._num_steps, self._num_applied = num_steps, 0
         self._segments: list[Segment] = []
 
     @property
@@ -105,12 +105,14 @@ class Recording:
         """Remember what of a request is needed to replay it."""
         self._segments[-1].requests[request.number] = (request.keys, request.stop_token_ids)
 
-    def turn_over(self, scheduler: Scheduler) -> None:
-        """Begin another segment if this one is full: a step is two events, planned and applied."""
-        if len(self.events) >= 2 * self._num_steps:
+    def note_applied(self, scheduler: Scheduler) -> None:
+        """Note that a result was applied; begin another segment if this one is full."""
+        self._num_applied += 1
+        if self._num_applied >= self._num_steps:
             self._begin(scheduler)
 
     def _begin(self, scheduler: Scheduler) -> None:
+        self._num_applied = 0
         state = freeze(scheduler, leave_out="_recording")
         requests: dict[int, tuple[list[bytes], Set[int]]]
         requests = {r.number: (r.keys, r.stop_token_ids) for r in scheduler._live.values()}

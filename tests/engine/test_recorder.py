@@ -64,9 +64,8 @@ def test_random_worlds_replay_alike() -> None:
 
 def test_only_the_last_steps_are_kept_and_replay_from_the_middle() -> None:
     full, short = recorded(), recorded(num_steps=10)
-    assert 2 * 10 <= len(short["events"]) <= 4 * 10 + 8
     found = replay(short)
-    assert found.difference is None and 0 < found.num_steps < replay(full).num_steps
+    assert found.difference is None and 10 <= found.num_steps <= 20 < replay(full).num_steps
     assert short["state"] != full["state"]
 
 
@@ -204,6 +203,26 @@ def test_the_command_says_whether_the_schedule_is_the_same(tmp_path: Path) -> No
     path.write_text(json.dumps(recording))
     result = CliRunner().invoke(app, ["replay", str(path)])
     assert result.exit_code == 1 and "freed was [3], now []" in result.output
+
+
+@pytest.mark.parametrize("recorded_steps", [4, 500])
+@pytest.mark.parametrize("options", [{}, {"speculative": "ngram"}, {"overlap": False, "num_kv_blocks": 14}])
+def test_real_engines_replay_alike(options: dict[str, Any], recorded_steps: int) -> None:
+    """Drafts, several completions of a prompt, end tokens, preemptions."""
+    values = {
+        "device": "cpu",
+        "dtype": "float32",
+        "num_kv_blocks": 64,
+        "max_model_len": 256,
+        "max_num_seqs": 6,
+    } | options
+    with LLM("random:tiny-llama", recorded_steps=recorded_steps, **values) as llm:
+        llm.generate([[5, 6, 7, 8] * 10, [6] * 30, [5, 6, 7, 8] * 6], SamplingParams(max_tokens=40, n=2, seed=1))
+        scheduler = llm.engine.scheduler
+        assert isinstance(scheduler, RecordingScheduler)
+        found = replay(json.loads(json.dumps(scheduler.recording(), allow_nan=False)))
+        assert found.difference is None
+        assert found.num_steps >= min(recorded_steps, llm.engine.metrics.num_steps)
 
 
 def test_an_llm_records_unless_told_otherwise() -> None:
