@@ -138,7 +138,7 @@ class LLM:
 
     def _start(self, ids: list[int], params: SamplingParams, priority: int, *, is_streamed: bool) -> list[TextStream]:
         """A stream for each completion of a prompt."""
-        first = self.engine.add(ids, params, priority, is_streamed=is_streamed)
+        first = self.engine.add(ids, params, priority, is_streamed=is_streamed, is_checked=True)
         streams = [TextStream(self.engine, self.tokenizer, each, ids) for each in (first, *first.siblings)]
         self._streams.update({stream.generation.request.number: stream for stream in streams})
         return streams

@@ -92,27 +92,30 @@ class Engine:
         arrival: float | None = None,
         salt: bytes = b"",
         is_streamed: bool = True,
+        is_checked: bool = False,
     ) -> Generation:
         """Queue a request; a lower `priority` is served first. Further completions are the generation's `siblings`.
 
         `arrival`: when it came, now if None. `salt`: cached prefixes are shared only under an equal one. `is_streamed`:
-        whether somebody reads its tokens as they come, and wants steps to be short.
+        whether somebody reads its tokens as they come, and wants steps to be short. `is_checked`: `check` passed it.
         Raises RequestError, or EngineError once a step has failed or the engine was closed.
         """
         if self._is_closed:
             raise EngineError("this engine was closed; make another LLM")
         if self._failure is not None:
             raise EngineError(f"the engine stopped: {self._failure}") from self._failure
-        self.check(prompt, params)
+        if not is_checked:
+            self.check(prompt, params)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         arrival = self.clock() if arrival is None else arrival
         options = {"priority": priority, "arrival": arrival, "salt": salt, "is_streamed": is_streamed}
         first = self._entered(prompt, params, seed, options)
         self.scheduler.add(first.request)
-        single = replace(params, n=1, prompt_logprobs=None)
-        for i in range(1, params.n):
-            first.siblings.append(self._entered(prompt, single, (seed + i) % (MAX_SEED + 1), options))
-        first.waiting = list(first.siblings)
+        if params.n > 1:
+            single = replace(params, n=1, prompt_logprobs=None)
+            for i in range(1, params.n):
+                first.siblings.append(self._entered(prompt, single, (seed + i) % (MAX_SEED + 1), options))
+            first.waiting = list(first.siblings)
         return first
 
     def finish(self, generation: Generation, reason: FinishReason) -> None:
