@@ -30,7 +30,7 @@ def edit_scores(
     )
 
 
-@triton.jit(do_not_specialize=["num_drafts"])
+@triton.jit(do_not_specialize=["seats_ptr", "num_drafts"])
 def edit_kernel(
     scores_ptr, seats_ptr, counts_ptr, drafts_ptr, penalties_ptr, mask_ptr, vocab_size, num_drafts, num_words,
     SEGMENT: tl.constexpr,

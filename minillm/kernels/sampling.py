@@ -141,11 +141,11 @@ def distance(scores, top_key):
     return top_key.to(tl.uint32, bitcast=True) - order_key(scores).to(tl.uint32, bitcast=True)
 
 
-# Parameters of a row, read one by one: whether they are aligned, which depends on the rows, must not recompile.
-PARAMETERS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
+# Few numbers of a row each: whether they are aligned, which depends on the rows, must not recompile.
+SMALL = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr", "masses_ptr"]
 
 
-@triton.jit(do_not_specialize=PARAMETERS)
+@triton.jit(do_not_specialize=SMALL)
 def scan_kernel(
     logits_ptr, stride_row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr,
     best_scores_ptr, best_tokens_ptr, masses_ptr, group_tops_ptr, vocab_size, num_segments, num_groups,
@@ -269,7 +269,7 @@ def list_groups(group_tops_ptr, listed_ptr, num_groups, top, at_least, num_wante
     return tl.sum(is_wanted.to(tl.int32), axis=0), high
 
 
-@triton.jit(do_not_specialize=PARAMETERS)
+@triton.jit(do_not_specialize=SMALL)
 def filter_kernel(
     logits_ptr, stride_row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr,
     best_scores_ptr, masses_ptr, group_tops_ptr, listed_ptr, tokens_ptr, is_finite_ptr,

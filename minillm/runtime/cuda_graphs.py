@@ -44,6 +44,9 @@ class Stages(Protocol):
     def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
         """Samples [L] of tokens `rows_L`."""
 
+    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [K] of padding whose logits are edited: no graph holds these launches."""
+
 
 class LayersGraph(NamedTuple):
     """A captured shape and the tensors that it reads."""
@@ -113,6 +116,8 @@ def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device
         for kind in SAMPLING_KINDS:
             rows_L, seats_L = torch.zeros(2, size, dtype=torch.int32, device=device)
             stages.finish(hidden, rows_L, seats_L, kind)
+    for kind in SAMPLING_KINDS:
+        stages.finish_edited(seats_L, kind)
     for shape in layer_shapes(shapes):
         stages.run_layers(*padding(*shape, device))
 

@@ -13,7 +13,7 @@ K edited ones, C tokens to be counted, D drafts, B biases, Q bad words, U their 
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -187,6 +187,20 @@ class LogitEdits:
             drafts_KD=self._drafts(seats_K, positions_K, starts_K, words.num_drafts),
             penalties_K3=self._part(profiles_KP, "penalties").view(torch.float32),
             mask_KW=mask_KW,
+        )
+        return scores_KV
+
+    def padding_scores(self, ops: ModuleType, num_rows: int) -> Tensor:
+        """What `scores` gives, of nothing: the same kernels, before there is an edited row."""
+        make = partial(torch.zeros, dtype=torch.int32, device=self.device)
+        scores_KV = torch.zeros(num_rows, self.vocab_size, device=self.device)
+        ops.edit_scores(
+            scores_KV,
+            seats_K=make(num_rows),
+            counts_SV=make(1, self.vocab_size),
+            drafts_KD=make(num_rows, 0),
+            penalties_K3=torch.ones(num_rows, 3, device=self.device),
+            mask_KW=make(num_rows, -(-self.vocab_size // 32)),
         )
         return scores_KV
 

@@ -115,6 +115,12 @@ class Runner:
         tokens_L, is_finite_L = self._sample(self._logits(hidden, rows_L), seats_L, hidden.positions_T[rows_L], kind)
         return self._kept(tokens_L, is_finite_L, seats_L)
 
+    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [K] of edited rows that are padding: what their steps launch beside `finish`."""
+        scores_KV = self._edits.padding_scores(self.ops, len(seats_K))
+        tokens_K, _ = self._sample(scores_KV, seats_K, seats_K, kind)
+        return tokens_K
+
     def _finish_special(
         self, words: StepWords, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, edits: StepEdits | None
     ) -> Tensor:

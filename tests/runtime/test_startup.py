@@ -19,6 +19,7 @@ class Notes:
     def __init__(self) -> None:
         self.layers: list[tuple[int, int]] = []
         self.finished: list[tuple[int, tuple[bool, bool]]] = []
+        self.edited: list[tuple[bool, bool]] = []
 
     def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
         self.layers.append((columns_5R.shape[1], tokens_T.shape[0]))
@@ -28,6 +29,10 @@ class Notes:
         assert rows_L.shape == seats_L.shape and rows_L.max() < hidden.x_TD.shape[0]
         self.finished.append((rows_L.shape[0], kind))
         return rows_L
+
+    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        self.edited.append(kind)
+        return seats_K
 
 
 @pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(20, 300), (256, 8192), (40, 16)])
@@ -39,6 +44,7 @@ def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int) -> None:
         [(shapes.num_rows, max_tokens), *mixed, *((size, size) for size in shapes.decode_sizes)]
     )
     assert sorted(notes.finished) == sorted((size, kind) for size in shapes.decode_sizes for kind in SAMPLING_KINDS)
+    assert notes.edited == list(SAMPLING_KINDS)
 
 
 def test_no_shape_of_graphs_is_missing() -> None:
@@ -65,7 +71,11 @@ def test_steps_compile_and_capture_nothing(model: str, enforce_eager: bool) -> N
         before = llm.engine.metrics.as_dict()
         for num in (1, 3, 17, 40):  # chunks alone and beside decodes, large steps and small ones
             prompts = [[rng.randrange(5, 500) for _ in range(rng.choice((1, 30, 700, 1900)))] for _ in range(num)]
-            kinds = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20}]
+            kinds = [
+                {"temperature": 0.0},
+                {"temperature": 0.8, "logprobs": 2},
+                {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+            ]
             params = [SamplingParams(max_tokens=9, ignore_eos=True, **kinds[i % 3]) for i in range(num)]
             llm.generate(prompts, params)
         after = llm.engine.metrics.as_dict()
