@@ -93,6 +93,8 @@ class AsyncEngine:
         """Why the engine stopped for good."""
         self.is_stalled = self.is_closing = False
         self.predictor = WaitPredictor()
+        self.on_end: Callable[[TokenStream], None] = lambda stream: None
+        """Called with every request that ended."""
         self._link, self._clock = link, clock
         self._streams: dict[int, TokenStream] = {}
         self._waiting: dict[int, TokenStream] = {}  # those without a first token
@@ -256,6 +258,7 @@ class AsyncEngine:
         if ending.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.predictor.note_finished(stream.num_tokens, submission.params.max_tokens)
         stream.end(ending)
+        self.on_end(stream)
         if not self._streams:
             self._idle.set()
 

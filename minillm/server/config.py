@@ -41,6 +41,8 @@ class ServerConfig:
     """Run the engine in a process of its own."""
     vllm_metrics: bool = True
     """Give the metrics under vLLM's names too, for dashboards made for it."""
+    otlp_endpoint: str | None = None
+    """Send a span for each request to this OpenTelemetry endpoint (OTLP over HTTP, as http://localhost:4318/v1/traces)."""
     max_body_bytes: int = 4 * 2**20
     """Largest body of a request."""
     max_header_bytes: int = 32 * 2**10

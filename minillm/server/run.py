@@ -22,6 +22,7 @@ from minillm.server.app import create_app
 from minillm.server.config import ServerConfig
 from minillm.server.http import bounded_protocol
 from minillm.server.service import Service
+from minillm.server.spans import open_spans
 
 __all__ = ["ApiServer", "open_service", "serve"]
 
@@ -45,10 +46,15 @@ async def run(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequ
         loop.add_signal_handler(number, server.leave)
     host, port = listener.getsockname()[:2]
     LOG.warning("%s is served on http://%s:%d", service.model_name, f"[{host}]" if ":" in host else host, port)
+    spans = open_spans(config.otlp_endpoint, service.model_name) if config.otlp_endpoint else None
+    if spans is not None:
+        service.engine.on_end = spans.note_end
     try:
         await server.serve(sockets=[listener])
     finally:
         await close(service.engine)
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
 
 async def open_service(model: str, engine: EngineConfig, config: ServerConfig) -> Service:

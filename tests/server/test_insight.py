@@ -15,6 +15,7 @@ from minillm.engine.async_engine import TokenStream
 from minillm.engine.replay import replay
 from minillm.server.config import ServerConfig
 from minillm.types import FinishReason, SamplingParams
+from tests.architecture.sources import ROOT
 from tests.server.live import TINY, Live, serving
 
 KEY = "a-key-of-some-length"
@@ -175,3 +176,23 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(locked: Live) ->
     assert not re.search(r"(src|href)=\"(?!/static/)|<script>|style=| on\w+=", pages["/"].text)
     for path in ("/static/missing.js", "/static/../app.py", "/static/%2e%2e/app.py"):
         assert locked.client.get(path).status_code == 404
+
+
+def test_an_engine_in_another_process_tells_the_same() -> None:
+    with serving(config=ServerConfig(port=0, engine_process=True)) as live:
+        answer = live.post("/v1/completions", prompt=PROMPT, max_tokens=4, ignore_eos=True).json()
+        live.wait_idle()
+        (account,) = live.client.get(f"/v1/requests/{answer['id']}/explain").json()["completions"]
+        assert account["num_output_tokens"] == 4
+        assert [step["tokens"] for step in live.client.get("/insight/feed").json()["steps"]] == [40, 1, 1, 1]
+        assert samples_of(live)["vllm:generation_tokens_total"] == 4
+        assert replay(live.client.get("/recording").json()) == (4, None)
+        assert live.client.get("/trace").json()["traceEvents"]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(used: tuple[Live, dict[str, Any]]) -> None:
+    board = (ROOT / "docs" / "grafana.json").read_text()
+    names = set(re.findall(r"minillm:\w+", board))
+    there = {name.partition(" ")[0] for name in samples_of(used[0])}
+    assert len(names) > 15 and names <= there
+    assert len({panel["id"] for panel in json.loads(board)["panels"]}) == 12
