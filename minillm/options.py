@@ -7,7 +7,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -40,8 +40,8 @@ def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspe
     A dict is given as KEY=VALUE, several times.
     """
     forms = get_args(hint)
-    kind = next((form for form in forms if get_origin(form) is list), hint)
-    if any(get_origin(form) is dict for form in forms):
+    kind = next((form for form in forms if get_origin(form) is list), str | None if str in forms else hint)
+    if field.name in DICTS:
         kind, help_text = list[str], f"{help_text} Give it as TOKEN=NUMBER, again for each token."
     return inspect.Parameter(
         field.name,
@@ -49,6 +49,18 @@ def option_of(field: Field[Any], hint: Any, help_text: str, panel: str) -> inspe
         default=None if field.default == () else field.default,
         annotation=Annotated[kind, typer.Option(help=help_text, rich_help_panel=panel)],
     )
+
+
+def options_of(config: type) -> list[inspect.Parameter]:
+    """All fields of a dataclass as options."""
+    docs, hints = field_docs(config), get_type_hints(config)
+    return [option_of(f, hints[f.name], docs[f.name], f"{config.__name__} options") for f in fields(config)]
+
+
+def inner_config(config: type, name: str) -> type | None:
+    """The dataclass that a field holds, if it holds one: its fields become options as well."""
+    forms = get_args(get_type_hints(config)[name])
+    return next((form for form in forms if isinstance(form, type) and is_dataclass(form)), None)
 
 
 def with_fields(
@@ -59,19 +71,24 @@ def with_fields(
     The command gets `argument` as an instance of `config`. `defaults` replaces the fields' own; a field whose name the
     command uses already is left out, and so are those `without` which it does.
     """
-    docs, hints, panel = field_docs(config), get_type_hints(config), f"{config.__name__} options"
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         others = [p for name, p in signature.parameters.items() if name != argument]
-        names = [f.name for f in fields(config) if f.name not in signature.parameters and f.name not in without]
-        options = [option_of(f, hints[f.name], docs[f.name], panel) for f in fields(config) if f.name in names]
-        options = [p.replace(default=defaults.get(p.name, p.default)) for p in options]
+        wanted = [f for f in fields(config) if f.name not in signature.parameters and f.name not in without]
+        inner = {f.name: part for f in wanted if (part := inner_config(config, f.name)) is not None}
+        options = [o for part in (config, *inner.values()) for o in options_of(part) if o.name not in inner]
+        options = [o for o in options if o.name not in signature.parameters and o.name not in without]
+        options = [o.replace(default=defaults.get(o.name, o.default)) for o in options]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            values = {name: given.pop(name) for name in names}
+            values = {o.name: given.pop(o.name) for o in options}
             values = {name: pairs(name, v) if name in DICTS and v is not None else v for name, v in values.items()}
+            for name, part in inner.items():
+                own = {f.name: values.pop(f.name) for f in fields(part)}
+                if any(own.values()):
+                    values[name] = part(**own)
             command(**given, **{argument: config(**{k: v for k, v in values.items() if v is not None})})
 
         run.__signature__ = signature.replace(parameters=[*others, *options])  # type: ignore[attr-defined]

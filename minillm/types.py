@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from operator import index
-from typing import NamedTuple, SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple
 
+from minillm.checks import (
+    MAX_BIASED_TOKENS,
+    as_float,
+    as_int,
+    check_biases,
+    check_end_tokens,
+    check_float,
+    check_int,
+    check_strings,
+    check_tokens,
+    shown,
+)
 from minillm.errors import RequestError
 
 __all__ = [
@@ -16,22 +27,29 @@ __all__ = [
     "BeamSequence",
     "CompletionOutput",
     "FinishReason",
+    "MAX_BIASED_TOKENS",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "Timings",
+    "as_float",
+    "as_int",
+    "check_float",
+    "check_int",
+    "shown",
 ]
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
 MAX_BEAM_WIDTH = 64
-MAX_BIASED_TOKENS = 300
 MAX_LOGPROBS = 20
+MAX_CHOICES = 1024
+MAX_GRAMMAR_LETTERS = 65_536
 MAX_COMPLETIONS = 128
 MAX_BAD_WORDS = 128
 MAX_TOKENIZED_BAD_WORDS = 2 * MAX_BAD_WORDS
 """Within a text a word begins with a space, which gives it other tokens."""
 MAX_BAD_WORD_TOKENS = 16
-MAX_SHOWN = 80
 MIN_TEMPERATURE = 1e-5
 """Below this a temperature is greedy: logits divided by less could overflow."""
 
@@ -44,6 +62,54 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the caller withdrew it
     REJECTED = "rejected"  # refused after it was accepted into the queue
     ERROR = "error"  # this request's own computation failed (logits not finite)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What an output must match from its first letter to its end; exactly one field, under vLLM's names.
+
+    The output ends where it can go on no more, or where it may end and the model ends it; max_tokens can cut it short.
+    """
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    """A regular expression, matched as a whole; without look-around and back references."""
+    choice: tuple[str, ...] | list[str] | None = None
+    """One of these texts, at most 1,024."""
+    grammar: str | None = None
+    """A grammar in Lark's language; its first rule is start."""
+
+    def __post_init__(self) -> None:
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(f"structured_outputs.{name} must be a text, not {shown(getattr(self, name))}")
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"structured_outputs.json_object must be True or False, not {shown(self.json_object)}")
+        if self.choice is not None:
+            check_strings("structured_outputs.choice", self.choice, MAX_CHOICES)
+        schema = self.schema
+        given = (self.json, self.json_object or None, self.regex, self.choice or None, self.grammar)
+        if sum(each is not None for each in given) != 1:
+            raise RequestError("structured_outputs takes exactly one of json, json_object, regex, choice and grammar")
+        size = sum(map(len, (schema or "", self.regex or "", self.grammar or "", *(self.choice or ()))))
+        if size > MAX_GRAMMAR_LETTERS:
+            raise RequestError(f"structured_outputs takes at most {MAX_GRAMMAR_LETTERS} letters, not {size}")
+
+    @property
+    def schema(self) -> str | None:
+        """`json` as text. Raises RequestError if it is no JSON object."""
+        if self.json is None:
+            return None
+        try:
+            schema = json.loads(self.json) if isinstance(self.json, str) else self.json
+            if isinstance(schema, dict):
+                return json.dumps(schema)
+        except (ValueError, TypeError, RecursionError):
+            pass
+        raise RequestError(f"structured_outputs.json must be a JSON schema, an object, not {shown(self.json)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +152,8 @@ class SamplingParams:
     """Report each output token's logprob and those of so many likeliest tokens, 0 to 20; None reports none."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens, whose prefix is then computed and not taken from the cache."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must match: a JSON schema, a regular expression, a choice or a grammar."""
     n: int = 1
     """Completions of the prompt, which is computed once, 1 to 128; completion i has the seed + i."""
     min_tokens: int = 0
@@ -118,6 +186,12 @@ class SamplingParams:
                 raise RequestError("allowed_token_ids is empty: no token could be chosen; None allows all")
         if self.logit_bias is not None:
             check_biases(self.logit_bias)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                f"structured_outputs must be a StructuredOutputsParams, not {shown(self.structured_outputs)}"
+            )
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise RequestError("ignore_eos must be False with structured_outputs, whose end is the end token")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -150,87 +224,6 @@ class BeamSearchParams:
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping must be True, False or 'never', not {shown(self.early_stopping)}")
         check_end_tokens(self.stop_token_ids, self.ignore_eos)
-
-
-def check_end_tokens(stop_token_ids: object, ignore_eos: object) -> None:
-    """Raise RequestError unless these are a list of token ids and a bool."""
-    if not isinstance(ignore_eos, bool):
-        raise RequestError(f"ignore_eos must be True or False, not {shown(ignore_eos)}")
-    check_tokens("stop_token_ids", stop_token_ids)
-
-
-def check_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise RequestError unless `value` is an integer in [low, high]."""
-    number = as_int(value)
-    if number is None or not low <= number <= high:
-        raise RequestError(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
-
-
-def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
-    """Raise RequestError unless `value` is a finite number in [low, high], or in (low, high] if `low_open`."""
-    number = as_float(value)
-    if not low <= number <= high or (low_open and number == low):  # true for NaN
-        raise RequestError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {shown(value)}")
-
-
-def check_strings(name: str, value: object, max_num: int) -> None:
-    """Raise RequestError unless `value` is a list of at most `max_num` strings, none of them empty."""
-    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) and part for part in value):
-        raise RequestError(f"{name} must be a list of non-empty strings, not {shown(value)}")
-    if len(value) > max_num:
-        raise RequestError(f"{name} takes at most {max_num} strings, not {len(value)}")
-
-
-def check_tokens(name: str, value: object) -> None:
-    """Raise RequestError unless `value` is a list of token ids; the engine knows the largest."""
-    if not isinstance(value, (list, tuple)):
-        raise RequestError(f"{name} must be a list of integers, not {shown(value)}")
-    for token in value:
-        check_int(name, token, 0, 2**31 - 1)
-
-
-def check_biases(value: object) -> None:
-    """Raise RequestError unless `value` maps token ids to numbers in [-100, 100]."""
-    if not isinstance(value, dict):
-        raise RequestError(f"logit_bias must be a dict of token ids and numbers, not {shown(value)}")
-    if len(value) > MAX_BIASED_TOKENS:
-        raise RequestError(f"logit_bias takes at most {MAX_BIASED_TOKENS} tokens, not {len(value)}")
-    check_tokens("logit_bias", list(value))
-    for bias in value.values():
-        check_float("logit_bias", bias, -100.0, 100.0)
-
-
-def as_int(value: object) -> int | None:
-    """An integer, numpy's too, as an int; None for anything else, a bool as well."""
-    if type(value) is int:
-        return value
-    try:
-        return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
-    except TypeError:  # an array that is no number
-        return None
-
-
-def as_float(value: object) -> float:
-    """A number, numpy's too, as a float; NaN for anything else, a bool as well."""
-    try:
-        return float(value) if isinstance(value, SupportsFloat) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.inf
-    except TypeError:
-        return math.nan
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: short, whatever it is.
-
-    >>> shown(10**5000)
-    'a number of too many digits'
-    """
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of thousands of digits
-        return "a number of too many digits"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 @dataclass(slots=True, kw_only=True)

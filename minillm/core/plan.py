@@ -29,6 +29,7 @@ class RowEdits(NamedTuple):
     num_prompt: int = 0  # leading tokens that are no output
     min_len: int = 0  # tokens, prompt included, before which no stop token is drawn
     stop_token_ids: tuple[int, ...] = ()
+    has_grammar: bool = False  # masks of what may come next follow each plan that samples
 
 
 class RowParams(NamedTuple):

@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, one step at a time. It joins scheduler and runner and keeps the clock.
 
-It knows no HTTP, no threads and no text but words to be banned: whoever calls `step` drives it.
+It knows no HTTP, no threads, and of text only what bans words and grammars need: whoever calls `step` drives it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from minillm.core.scheduler import Scheduler
 from minillm.decoding.speculator import Speculator, Verified
 from minillm.engine.completions import Generation, note_logprobs
 from minillm.engine.figures import Figures
+from minillm.engine.grammars import GrammarRunner
 from minillm.engine.info import EngineInfo
 from minillm.engine.loop import Advance, InFlight, StepRunner, overlapped_step, plain_step, settled
 from minillm.engine.metrics import Metrics
 from minillm.engine.row_params import RowParamsMaker
 from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
+from minillm.text.grammar import GrammarCompiler
 from minillm.text.tokenizer import Tokenizer
 from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings
 
@@ -50,6 +52,8 @@ class Engine:
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self.timeline, self.figures = Timeline(scheduler), Figures()
         self._row_params = RowParamsMaker(self.info, tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
+        self._masked = GrammarRunner(runner, vocab_size)
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
@@ -79,9 +83,14 @@ class Engine:
         return [generation.timings for generation in self._live.values()]
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise RequestError if this request can never be served; change nothing."""
+        """Raise RequestError if this request can never be served; change nothing.
+
+        A grammar is compiled here and kept: call it on another thread first, and the loop's finds it ready.
+        """
         self.info.check(prompt, params)
         self._row_params.check(params)
+        if params.structured_outputs is not None:
+            self.grammars.matcher(params.structured_outputs)
 
     def add(
         self,
@@ -166,6 +175,7 @@ class Engine:
         for generation in list(self._live.values()):
             self.finish(generation, FinishReason.ABORT)
         self.drain()
+        self.grammars.close()
         self._is_closed = True
 
     def _entered(self, prompt: Sequence[int], params: SamplingParams, seed: int, options: dict[str, Any]) -> Generation:
@@ -177,8 +187,11 @@ class Engine:
             max_tokens=params.max_tokens,
             params=self._row_params.of(params, len(prompt), seed),
             stop_token_ids=self.info.stop_token_ids(params),
+            is_stepwise=params.structured_outputs is not None,
             **options,
         )
+        if params.structured_outputs is not None:
+            self._masked.add(request, self.grammars.matcher(params.structured_outputs))
         generation = self._live[request.number] = Generation(request, params)
         self.timeline.add(request, generation.timings, self.clock())
         self._metrics.num_requests += 1
@@ -195,11 +208,11 @@ class Engine:
     def _turn(self) -> tuple[Advance, bool]:
         """One turn of the loop that is due, and whether it drafted. To draft is to know every token first."""
         if self.speculator is None or not self.speculator.is_on:
-            return self._advance(self.scheduler, self.runner, self.clock, self._in_flight), False
+            return self._advance(self.scheduler, self._masked, self.clock, self._in_flight), False
         if self._in_flight is not None:
             return settled(self.scheduler, self._in_flight), False
         self.speculator.propose(generation.request for generation in self._live.values())
-        return plain_step(self.scheduler, self.runner, self.clock), True
+        return plain_step(self.scheduler, self._masked, self.clock), True
 
     def _note_drafts(self, verified: list[Verified]) -> None:
         for request, num_drafts, num_accepted in verified:
@@ -220,6 +233,7 @@ class Engine:
             del self._live[generation.request.number]
             self.timeline.end(generation.request.number, now)
             self.figures.note_end(generation.timings, generation.params.max_tokens, generation.finish_reason)
+            self._masked.drop(generation.request.number)
             metrics, timings = self._metrics, generation.timings
             metrics.num_finished += 1
             metrics.num_prompt_tokens += timings.num_prompt_tokens

@@ -8,7 +8,7 @@ request has, not on which. (SGLang 0.4's and NanoFlow's idea.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from minillm.core.plan import StepPlan, StepResult
 from minillm.core.request import Request
@@ -18,11 +18,21 @@ from minillm.core.scheduler import Scheduler
 class PendingStep(Protocol):
     """A step that was enqueued."""
 
+    def mask(self, bits: Any) -> None:
+        """Hand in the masks that sampling waits for, where a row has a grammar."""
+
     def wait(self) -> StepResult:
         """Block until the step's tokens are here."""
 
 
-class StepRunner(Protocol):
+class Submitter(Protocol):
+    """Whatever takes plans."""
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Enqueue a step and return at once."""
+
+
+class StepRunner(Submitter, Protocol):
     """Whatever runs plans."""
 
     @property
@@ -32,9 +42,6 @@ class StepRunner(Protocol):
     @property
     def num_captures(self) -> int:
         """CUDA graphs captured so far."""
-
-    def submit(self, plan: StepPlan) -> PendingStep:
-        """Enqueue a step and return at once."""
 
 
 class InFlight(NamedTuple):
@@ -53,7 +60,7 @@ class Advance(NamedTuple):
     in_flight: InFlight | None
 
 
-def plain_step(scheduler: Scheduler, runner: StepRunner, clock: Callable[[], float], in_flight: None = None) -> Advance:
+def plain_step(scheduler: Scheduler, runner: Submitter, clock: Callable[[], float], in_flight: None = None) -> Advance:
     """Plan a step, run it, apply its result."""
     plan = scheduler.schedule(clock())
     if plan is None:
@@ -69,7 +76,7 @@ def settled(scheduler: Scheduler, in_flight: InFlight) -> Advance:
 
 
 def overlapped_step(
-    scheduler: Scheduler, runner: StepRunner, clock: Callable[[], float], in_flight: InFlight | None
+    scheduler: Scheduler, runner: Submitter, clock: Callable[[], float], in_flight: InFlight | None
 ) -> Advance:
     """Plan and enqueue a step, then apply the result of the one before it."""
     plan = scheduler.schedule(clock())

@@ -31,6 +31,7 @@ class RowParamsMaker:
             biases=tuple((int(token), float(bias)) for token, bias in (params.logit_bias or {}).items()),
             allowed=None if params.allowed_token_ids is None else tuple(int(t) for t in params.allowed_token_ids),
             bad_words=tuple(tokens for word in params.bad_words for tokens in self._tokens_of(word)),
+            has_grammar=params.structured_outputs is not None,
         )
         is_edited = edits != RowEdits() or params.min_tokens > 0
         if is_edited:

@@ -53,6 +53,12 @@ class EditWords:
     """Most drafts before a sampled position."""
     has_biases: bool
     has_bad_words: bool
+    mask_rows: Ints
+    """Per edited row of logits, which of the step's masks is its own; -1: none."""
+    num_masks: int
+    """Masks that the step waits for, in the order of the plan's rows and their samples."""
+    masks: Ints | None = None
+    """The masks once they have come, [num_masks, vocabulary / 32]."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,8 @@ which are certain by then. Drafts behind it are written as well and overwritten 
     position                                        start            samples at all three
 
 Shapes: S seats, P words of a profile, V vocabulary, W = V / 32 words of a mask, N positions, L rows of logits,
-K edited ones, C tokens to be counted, D drafts, B biases, Q bad words, U their tokens, n new seats, T tokens.
+K edited ones, M masks of grammars, C tokens to be counted, D drafts, B biases, Q bad words, U their tokens, n new
+seats, T tokens.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class StepEdits(NamedTuple):
 
     words: EditWords
     sections: list[Tensor]
+    mask_rows_K: Tensor | None = None
+    masks_MW: Tensor | None = None  # None: no row of the step has a grammar
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
@@ -80,6 +83,7 @@ class LogitEdits:
         self.is_edited_S = np.zeros(num_seats, bool)
         self.has_biases_S = np.zeros(num_seats, bool)
         self.has_bad_words_S = np.zeros(num_seats, bool)
+        self.has_grammar_S = np.zeros(num_seats, bool)
         self.num_counted_S = np.zeros(num_seats, np.int32)
 
     @staticmethod
@@ -113,6 +117,7 @@ class LogitEdits:
             self.is_edited_S[seat.row] = edits is not None
             self.has_biases_S[seat.row] = edits is not None and bool(edits.biases)
             self.has_bad_words_S[seat.row] = edits is not None and bool(edits.bad_words)
+            self.has_grammar_S[seat.row] = edits is not None and edits.has_grammar
         rows = column(plan.rows)[order]
         num_samples = column(plan.num_samples)[order] * self.is_edited_S[rows]
         if not seated and not num_samples.any():
@@ -129,6 +134,7 @@ class LogitEdits:
         flat = flat[:, np.argsort(flat[3], kind="stable")]  # prompts' tokens in front
         columns, counted = self._step_columns(plan, order, rows, num_samples)
         sampled = rows[num_samples > 0]
+        mask_rows = self._mask_rows(plan, order, num_samples)
         return EditWords(
             sections=(
                 np.array([seat.row for seat in seated], np.int32),
@@ -142,6 +148,8 @@ class LogitEdits:
             num_drafts=max(0, int(num_samples.max()) - 1),
             has_biases=bool(self.has_biases_S[sampled].any()),
             has_bad_words=bool(self.has_bad_words_S[sampled].any()),
+            mask_rows=mask_rows,
+            num_masks=int((mask_rows >= 0).sum()),
         )
 
     def seat(self, edits: StepEdits) -> None:
@@ -160,7 +168,7 @@ class LogitEdits:
 
     def scores(self, ops: ModuleType, logits_LV: Tensor, last_tokens_S: Tensor, edits: StepEdits) -> Tensor:
         """Edited fp32 logits [K, V] of the step's edited rows; the step's input tokens are noted and counted."""
-        words, sections = edits
+        words, sections = edits.words, edits.sections
         rows_K, seats_K, positions_K, starts_K, inputs_K = edits.columns
         inputs_K = torch.where(inputs_K == NO_TOKEN, last_tokens_S[seats_K], inputs_K)
         self.history_SN[seats_K, positions_K] = inputs_K
@@ -180,6 +188,9 @@ class LogitEdits:
         may_stop_K1 = (positions_K + 1 >= lengths_K2[:, 1])[:, None]
         stops_KW = self._part(profiles_KP, "stops")
         mask_KW = self._part(profiles_KP, "allowed") & ~torch.where(may_stop_K1, 0, stops_KW)
+        if edits.masks_MW is not None and edits.mask_rows_K is not None:
+            own_KW = edits.masks_MW[edits.mask_rows_K.clamp(min=0)]
+            mask_KW &= torch.where(edits.mask_rows_K[:, None] >= 0, own_KW, -1)
         ops.edit_scores(
             scores_KV,
             seats_K=seats_K,
@@ -223,6 +234,14 @@ class LogitEdits:
         self.num_counted_S[rows] = num_counted + num_new
         counted = np.stack([rows[counting], num_counted[counting] + nth])
         return columns.astype(np.int32), counted.astype(np.int32)
+
+    def _mask_rows(self, plan: StepPlan, order: Ints, num_samples: Ints) -> Ints:
+        """Per edited row of logits, its place among the masks, which come in the order of the plan."""
+        is_masked = self.has_grammar_S[column(plan.rows)]
+        num_masks = column(plan.num_samples) * is_masked
+        firsts = (np.cumsum(num_masks) - num_masks)[order]
+        owners, within = places_of(num_samples)
+        return np.where(is_masked[order][owners], firsts[owners] + within, -1).astype(np.int32)
 
     def _profile_words(self, edits: RowEdits) -> Ints:
         """A seat's parameters as words."""

@@ -35,18 +35,44 @@ NOT_FINITE = -1
 """In place of a token: this row's logits were not finite."""
 Arrival = Future[tuple[Ints, float]]
 """A step's samples, and the seconds that it took."""
+Arrive = Callable[[], tuple[Ints, float]]
+"""Waits for them."""
 
 
 class Pending:
     """A step on its way. `wait` blocks until its own tokens have arrived on the host."""
 
-    def __init__(self, plan: StepPlan, words: StepWords, arrive: Callable[[], tuple[Ints, float]]) -> None:
-        self._plan, self._words, self._arrive = plan, words, arrive
+    def __init__(self, plan: StepPlan, words: StepWords, sample: Callable[[], Arrive]) -> None:
+        """`sample` enqueues what follows the pass."""
+        self._plan, self._words, self._sample = plan, words, sample
+        edits = words.edits
+        self._arrive = None if edits is not None and edits.num_masks else sample()
+
+    def mask(self, bits: Ints) -> None:
+        """Say which tokens may be sampled: for a step in which rows with a grammar sample, whose pass runs already.
+
+        int32 [masks, vocabulary / 32], one for each sample of such rows in the plan's order; bit i of word w is token
+        32 w + i.
+        """
+        edits = self._words.edits
+        assert self._arrive is None and edits is not None and len(bits) == edits.num_masks
+        edits.masks = bits
+        self._arrive = self._sample()
 
     def wait(self) -> StepResult:
         """The step's result, in the order of the plan's rows; raises what the step raised."""
+        assert self._arrive is not None, "the step waits for masks"
         samples, seconds = self._arrive()
         return step_result(self._plan, self._words, samples, seconds)
+
+
+class Passed(NamedTuple):
+    """A step between the layers and the head."""
+
+    hidden: Hidden
+    rows_L: Tensor
+    seats_L: Tensor
+    edits: StepEdits | None
 
 
 class Runner:
@@ -93,8 +119,9 @@ class Runner:
         words.scores = self._logprobs.words(plan, words.order)
         if self.device.type == "cuda":
             return Pending(plan, words, self._launch(words))
-        self._queue.append((words, Future()))
-        return Pending(plan, words, partial(self._run_until, self._queue[-1][1]))
+        arrival: Arrival = Future()
+        self._queue.append((words, arrival))
+        return Pending(plan, words, lambda: partial(self._run_until, arrival))
 
     def close(self) -> None:
         """Drop the steps that nobody waited for."""
@@ -121,13 +148,12 @@ class Runner:
         tokens_K, _ = self._sample(scores_KV, seats_K, seats_K, kind)
         return tokens_K
 
-    def _finish_special(
-        self, words: StepWords, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, edits: StepEdits | None
-    ) -> Tensor:
+    def _finish_special(self, words: StepWords, passed: Passed) -> Tensor:
         """Samples [L], then words of logprobs, for a step in which a row has edited logits or asks for logprobs.
 
         Rows with edited logits are sampled again, from what these became.
         """
+        hidden, rows_L, seats_L, edits = passed
         kind = (words.is_random, words.is_filtered)
         samples_L, logits_LV = rows_L, hidden.x_TD[:0]
         if words.num_samples:
@@ -178,30 +204,36 @@ class Runner:
             words, arriving = self._queue.popleft()
             start = time.perf_counter()
             try:
-                samples = self._step(words)
+                samples = self._sampled(words, self._pass(words))
                 arriving.set_result((samples.numpy(), time.perf_counter() - start))
             except Exception as error:  # for the one who waits for this step
                 arriving.set_exception(error)
         return arrival.result()
 
-    def _launch(self, words: StepWords) -> Callable[[], tuple[np.ndarray, float]]:
+    def _launch(self, words: StepWords) -> Callable[[], Arrive]:
+        """Enqueue a step's pass; what is returned enqueues the rest."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        samples = self._step(words)
-        # The host copy comes from torch's pinned pool, which keeps it until the stream has passed this point.
-        on_host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
-        on_host.copy_(samples, non_blocking=True)
-        end.record()
+        passed = self._pass(words)
 
-        def arrive() -> tuple[np.ndarray, float]:
-            end.synchronize()
-            return on_host.numpy(), begin.elapsed_time(end) / 1e3
+        def sample() -> Arrive:
+            samples = self._sampled(words, passed)
+            # The host copy comes from torch's pinned pool, which keeps it until the stream has passed this point.
+            on_host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+            on_host.copy_(samples, non_blocking=True)
+            end.record()
 
-        return arrive
+            def arrive() -> tuple[Ints, float]:
+                end.synchronize()
+                return on_host.numpy(), begin.elapsed_time(end) / 1e3
+
+            return arrive
+
+        return sample
 
     @torch.inference_mode()
-    def _step(self, words: StepWords) -> Tensor:
-        """Apply the deltas, run the model, sample; int32 [L] on the device."""
+    def _pass(self, words: StepWords) -> Passed:
+        """Apply the deltas and run the layers."""
         sections = self._to_device(words.sections)
         columns, tokens, rows_L, seats_L, places, blocks, seated, params, copy_from, copy_to = sections
         self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
@@ -215,8 +247,17 @@ class Runner:
         hidden = None if self._graphs is None else self._graphs.run_layers(columns_5R, tokens)
         if hidden is None:
             hidden = self._run_layers(self._bounds(words), columns_5R, tokens)
+        return Passed(hidden, rows_L, seats_L, edits)
+
+    @torch.inference_mode()
+    def _sampled(self, words: StepWords, passed: Passed) -> Tensor:
+        """Samples [L] int32 on the device, and words of logprobs behind them."""
+        hidden, rows_L, seats_L, edits = passed
+        if edits is not None and edits.words.masks is not None:
+            mask_rows_K, masks = self._to_device((edits.words.mask_rows, edits.words.masks.reshape(-1)))
+            edits = edits._replace(mask_rows_K=mask_rows_K, masks_MW=masks.view(edits.words.num_masks, -1))
         if words.scores is not None or (edits is not None and edits.words.num_rows):
-            return self._finish_special(words, hidden, rows_L, seats_L, edits)
+            return self._finish_special(words, passed._replace(edits=edits))
         if not words.num_samples:
             return rows_L
         kind = (words.is_random, words.is_filtered)

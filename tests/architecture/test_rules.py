@@ -21,7 +21,8 @@ ENGINE = {"core", "runtime", "decoding", "text", "model.sources", "analysis", "c
 CLI = {"cli_bench", "model_option", "options"}
 ARROWS = {  # a layer -> the modules or packages of ours that it may import, beside itself
     "errors": set(),
-    "types": {"errors"},
+    "checks": {"errors"},
+    "types": {"checks", "errors"},
     "config": SHARED,
     "core": SHARED,
     "text": SHARED,
@@ -43,7 +44,7 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "__main__": {"cli"},
     "": {"llm", "config"} | SHARED,  # the package itself: public names only
 }
-STDLIB_ONLY = ("errors", "types", "config", "core")
+STDLIB_ONLY = ("errors", "checks", "types", "config", "core")
 NO_TORCH = ("text", "analysis", "server")  # anywhere in the file
 STARTS_WITHOUT_TORCH = ("", "cli", *sorted(CLI), "__main__")  # so that `minillm --help` answers at once
 TEST_LIBRARIES = {"transformers", "vllm", "pytest", "hypothesis"}  # a bench may import the first two when it runs

@@ -18,7 +18,14 @@ from minillm import cli
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, RequestError
 from minillm.options import field_docs
-from minillm.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams, Timings
+from minillm.types import (
+    CompletionOutput,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+    Timings,
+)
 
 
 class FakeLLM:
@@ -136,7 +143,15 @@ def test_a_dict_is_given_as_token_and_number(llm: FakeLLM, monkeypatch: pytest.M
     assert llm.params == [SamplingParams(temperature=0.0, **expected)]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", [EngineConfig, SamplingParams])
+def test_structured_output_is_asked_for_by_its_own_options(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "generate", "Q", "--choice", "yes", "--choice", "no") == 0
+    assert run(monkeypatch, "generate", "Q", "--json", '{"type": "object"}') == 0
+    assert run(monkeypatch, "generate", "Q", "--json-object", "--regex", "a") == 2
+    expected = (StructuredOutputsParams(choice=["yes", "no"]), StructuredOutputsParams(json='{"type": "object"}'))
+    assert [params.structured_outputs for params in llm.params] == list(expected)
+
+
+@pytest.mark.parametrize("config", [EngineConfig, SamplingParams, StructuredOutputsParams])
 def test_every_field_has_help(config: type) -> None:
     docs = field_docs(config)
     assert list(docs) == [field.name for field in fields(config)]

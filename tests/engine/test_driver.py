@@ -48,7 +48,7 @@ def run(driver: EngineDriver, log: Log | None = None) -> Log:
     while driver.has_work:
         log.note(driver.turn())
     driver.engine.scheduler.check_invariants()
-    assert driver.engine.scheduler.kv_usage == 0.0
+    assert driver.engine.scheduler.kv.usage == 0.0
     return log
 
 
@@ -157,7 +157,7 @@ def test_drive_ends_everything_when_commands_end() -> None:
     drive(driver, lambda may_wait: batches.pop(0), log.note)
     assert log.endings[3].reason is FinishReason.STOP
     assert sorted(log.endings) == list(range(1, 9))
-    assert driver.engine.scheduler.kv_usage == 0.0 and not driver.engine.has_work
+    assert driver.engine.scheduler.kv.usage == 0.0 and not driver.engine.has_work
 
 
 @settings(deadline=None, max_examples=60)
