@@ -6,32 +6,29 @@ Torch is imported by the command that needs it, so help and errors in the comman
 
 from __future__ import annotations
 
-import importlib
-import math
 import os
-import signal
-import statistics
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minillm import __version__
 from minillm.cli_bench import bench
+from minillm.client import ServerClient
 from minillm.config import EngineConfig
-from minillm.errors import ConfigError, MiniLLMError, RequestError
+from minillm.errors import ConfigError, MiniLLMError
 from minillm.model_option import DEFAULT_MODEL, ModelOption, fetch, prepare
 from minillm.options import with_fields
 from minillm.server.config import ServerConfig
-from minillm.types import RequestOutput, SamplingParams
+from minillm.terminal import show, talk
+from minillm.types import SamplingParams
 
 if TYPE_CHECKING:
-    from minillm.llm import LLM, Message, Prompt, StreamChunk
+    from minillm.llm import LLM, Prompt
 
 NOT_SHOWN = ("logprobs", "prompt_logprobs", "n")
 """Parameters whose results a stream of text has no place for."""
@@ -62,57 +59,6 @@ def open_model(name: str, engine: EngineConfig) -> Iterator[LLM]:
     prepare(name)
     with LLM(name, **asdict(engine)) as llm:
         yield llm
-
-
-def closing_line(output: RequestOutput) -> str:
-    """What a request cost: prompt and cached tokens, TTFT, median and p99 ITL, tokens per second."""
-    timings = output.timings
-    parts = [f"{timings.num_prompt_tokens} prompt tokens, {timings.num_cached_tokens} cached"]
-    if timings.ttft is not None:
-        parts.append(f"TTFT {milliseconds(timings.ttft)}")
-    if timings.itl:
-        gaps = sorted(timings.itl)
-        p99 = gaps[math.ceil(0.99 * len(gaps)) - 1]
-        parts.append(f"ITL median {milliseconds(statistics.median(gaps))}, p99 {milliseconds(p99)}")
-    parts.append(f"{len(output.token_ids)} tokens")
-    if timings.tokens_per_second is not None:
-        parts.append(f"{timings.tokens_per_second:.1f} tokens/s")
-    return " · ".join(parts)
-
-
-def milliseconds(seconds: float) -> str:
-    """Three significant figures, or all before the point.
-
-    >>> milliseconds(0.01234)
-    '12.3 ms'
-    """
-    value = seconds * 1000
-    return f"{value:.0f} ms" if value >= 99.95 else f"{value:.3g} ms"
-
-
-def show(chunks: Iterable[StreamChunk], stop: Event | None = None) -> RequestOutput | None:
-    """Print a stream as it comes, then its closing line on standard error; None if `stop` was set before its end."""
-    output = None
-    for chunk in chunks:
-        print(chunk.text, end="", flush=True)
-        output = chunk.output
-        if stop is not None and stop.is_set():
-            break
-    print(flush=True)
-    if output is not None:
-        print(closing_line(output), file=sys.stderr)
-    return output
-
-
-@contextmanager
-def interrupts_noted() -> Iterator[Event]:
-    """Ctrl-C sets the event instead of breaking into a step, so that the model can go on afterwards."""
-    noted = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: noted.set())
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def version(is_wanted: bool) -> None:
@@ -156,48 +102,23 @@ def generate(
 def chat(
     model: ModelOption = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="A system message to start with.")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to the server there, as http://127.0.0.1:8000.")] = None,
     *,
     engine: EngineConfig,
     sampling: SamplingParams,
 ) -> None:
-    """Talk to a model over several turns.
+    """Talk to a model over several turns, in this process or on a server, whose key MINILLM_API_KEY holds.
 
     /clear forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer.
     """
-    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    if url is not None:
+        if engine != EngineConfig():
+            raise ConfigError("with url the server's own options count: leave those of the engine out")
+        client = ServerClient(url, os.environ.get("MINILLM_API_KEY"))
+        talk(client.model, system, lambda messages: client.stream(messages, sampling))
+        return
     with open_model(model, engine) as llm:
-        messages = list(start)
-        print(f"{model} is ready. /clear forgets what was said, /quit ends.", file=sys.stderr)
-        for line in lines_typed():
-            if line == "/clear":
-                messages = list(start)
-                continue
-            messages.append({"role": "user", "content": line})
-            try:
-                with interrupts_noted() as stop:
-                    output = show(llm.stream(messages, sampling), stop)
-            except RequestError as error:
-                output = None
-                print(f"minillm: {error} (/clear forgets what was said)", file=sys.stderr)
-            if output is None:
-                messages.pop()  # an unanswered question is no part of the talk
-            else:
-                messages.append({"role": "assistant", "content": output.text})
-
-
-def lines_typed() -> Iterator[str]:
-    """What the user types, line by line without the empty ones, until /quit or the end of the input."""
-    with suppress(ImportError):
-        importlib.import_module("readline")  # gives `input` line editing and history
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        if line:
-            yield line
+        talk(model, system, lambda messages: llm.stream(messages, sampling))
 
 
 @app.command()

@@ -37,7 +37,12 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "server": {"engine", "text", "config", "__version__"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
     "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
-    "cli": ENGINE | CLI | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
+    "terminal": SHARED,
+    "client": SHARED,
+    "cli": ENGINE
+    | CLI
+    | {"client", "terminal"}
+    | {"engine", "llm", "model", "kernels", "classic", "bench", "server", "__version__"},
     "cli_bench": {"bench", "config", "model_option", "options"} | SHARED,
     "model_option": {"model"},
     "options": SHARED,

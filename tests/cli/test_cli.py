@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minillm import cli
+from minillm import cli, terminal
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, RequestError
 from minillm.options import field_docs
@@ -261,7 +261,7 @@ def test_python_m_minillm_shows_the_version() -> None:
     [(0.0, "0 ms"), (0.00012, "0.12 ms"), (0.1 - 1e-17, "100 ms"), (0.01234, "12.3 ms"), (1.5, "1500 ms")],
 )
 def test_milliseconds(seconds: float, shown: str) -> None:
-    assert cli.milliseconds(seconds) == shown
+    assert terminal.milliseconds(seconds) == shown
 
 
 def test_fetching_shows_a_bar_only_when_there_is_something_to_fetch(

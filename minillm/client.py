@@ -1,0 +1,118 @@
+"""ServerClient: conversations with a server that speaks OpenAI's API, by the standard library alone."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from minillm.errors import ConfigError, RequestError
+from minillm.types import FinishReason, RequestOutput, SamplingParams, Timings
+
+__all__ = ["ServerClient"]
+
+CONNECT_SECONDS = 600.0
+DEFAULTS = SamplingParams()
+REASONS = {str(reason): reason for reason in FinishReason}
+"""Those that this package has too; any other is a stop."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """A piece of an answer; the whole comes with the last one."""
+
+    text: str
+    output: RequestOutput | None = None
+
+
+class ServerClient:
+    """One server and its first model."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """`url`: with or without /v1. Raises ConfigError if no server answers there."""
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        if not self._url.startswith(("http://", "https://")):
+            raise ConfigError(f"url must begin with http:// or https://, not {url!r}")
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            with self._open("models", None) as response:
+                self.model = str(json.load(response)["data"][0]["id"])
+        except (RequestError, ValueError, LookupError) as error:
+            raise ConfigError(f"{url} is no server of a model: {error}") from error
+
+    def stream(self, messages: Sequence[dict[str, Any]], params: SamplingParams) -> Iterator[Chunk]:
+        """The next message of a conversation; times are those of this end of the wire. Raises RequestError."""
+        values = {field.name: getattr(params, field.name) for field in fields(SamplingParams)}
+        given = {name: value for name, value in values.items() if value != getattr(DEFAULTS, name)}
+        body = {"model": self.model, "messages": list(messages), "stream": True} | given
+        body["stream_options"] = {"include_usage": True}
+        timings, text, reason = Timings(arrival=time.monotonic()), "", FinishReason.STOP
+        num_tokens = 0
+        with self._open("chat/completions", body) as response:
+            for event in events_in(response):
+                if usage := event.get("usage"):
+                    num_tokens = usage["completion_tokens"]
+                    timings.num_prompt_tokens = usage["prompt_tokens"]
+                    timings.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                for choice in event.get("choices", ()):
+                    reason = REASONS.get(choice.get("finish_reason"), reason)
+                    piece = choice["delta"].get("content") or ""
+                    if piece:
+                        timings.token_times.append(time.monotonic())
+                        text += piece
+                        yield Chunk(text=piece)
+        timings.finished = time.monotonic()
+        yield Chunk(
+            text="",
+            output=RequestOutput(
+                request_id="0",
+                prompt_token_ids=[],
+                text=text,
+                token_ids=[0] * num_tokens,  # a server tells how many there were, not which
+                finish_reason=reason,
+                timings=timings,
+                completions=[],
+            ),
+        )
+
+    def _open(self, path: str, body: dict[str, Any] | None) -> HTTPResponse:
+        """Send a request. Raises RequestError with what the server says, or why none was reached."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self._url}/{path}", data=data, headers=self._headers)
+        try:
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RequestError(message_of(error.read(), error.code)) from error
+        except (OSError, HTTPException) as error:
+            raise RequestError(f"{self._url} cannot be reached: {error}") from error
+        return response
+
+
+def events_in(response: HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The objects of a stream. Raises RequestError for one that says what failed, and if the stream breaks off."""
+    is_done = False
+    for line in response:
+        data = line.removeprefix(b"data: ").strip()
+        if data == b"[DONE]":
+            is_done = True
+        elif line.startswith(b"data: "):
+            event = json.loads(data)
+            if "error" in event:
+                raise RequestError(event["error"]["message"])
+            yield event
+    if not is_done:
+        raise RequestError("the server broke off in the middle of its answer")
+
+
+def message_of(content: bytes, status: int) -> str:
+    """What a server says of an error."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"the server answered with status {status}"
