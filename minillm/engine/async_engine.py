@@ -20,7 +20,7 @@ from minillm.engine.links import Link
 from minillm.engine.messages import Ending, Load, Report, Submission
 from minillm.engine.wait import WaitPredictor
 from minillm.errors import BusyError, ClosingError, EngineError
-from minillm.types import FinishReason, SamplingParams, Timings
+from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
 
 __all__ = ["AsyncEngine", "AsyncLimits", "TokenStream"]
 
@@ -47,6 +47,9 @@ class TokenStream:
     def __init__(self, submission: Submission) -> None:
         self.submission = submission
         self.num_tokens = 0
+        self.scores: list[TokenScore] = []
+        """Of all its tokens, if their logprobs were asked for."""
+        self.prompt_scores: list[TokenScore | None] = []
         self.ending: Ending | None = None
         self.is_expired = False
         """Whether its deadline ended it."""
@@ -155,6 +158,7 @@ class AsyncEngine:
         priority: int = 0,
         user: str = "",
         salt: bytes = b"",
+        is_streamed: bool = True,
         timeout: float | None = None,
     ) -> TokenStream:
         """Queue a request, which ends unfinished after `timeout` seconds.
@@ -165,7 +169,14 @@ class AsyncEngine:
         self.check_room(user, 1)
         now = self._clock()
         submission = Submission(
-            key=next(self._keys), prompt=prompt, params=params, arrival=now, priority=priority, user=user, salt=salt
+            key=next(self._keys),
+            prompt=prompt,
+            params=params,
+            arrival=now,
+            priority=priority,
+            user=user,
+            salt=salt,
+            is_streamed=is_streamed,
         )
         stream = TokenStream(submission)
         if not self._streams:
@@ -229,6 +240,7 @@ class AsyncEngine:
             self._progress, self.is_stalled = now, False
         self.load = report.load
         self.predictor.note_progress(now, report.load.num_computed)
+        self._note_scores(report)
         at = 0
         for key, num in zip(report.keys, report.counts, strict=True):
             stream = self._streams.get(key)
@@ -245,6 +257,14 @@ class AsyncEngine:
         if report.failure:
             LOG.error("the engine stopped: %s", report.failure)
             self._fail_all(report.failure)
+
+    def _note_scores(self, report: Report) -> None:
+        for key, scores in report.scores:
+            if key in self._streams:
+                self._streams[key].scores += scores
+        for key, prompt_scores in report.prompt_scores:
+            if key in self._streams:
+                self._streams[key].prompt_scores = prompt_scores
 
     def _end(self, ending: Ending) -> None:
         stream = self._streams.pop(ending.key, None)

@@ -75,7 +75,7 @@ class EngineDriver:
     def submit(self, submission: Submission) -> None:
         """Queue a request. One that cannot be served ends at once, alone."""
         try:
-            self.engine.info.check(submission.prompt, submission.params)
+            self.engine.check(submission.prompt, submission.params)
         except RequestError as error:
             self._end_unstarted(submission, FinishReason.REJECTED, str(error))
             return
@@ -166,6 +166,7 @@ class EngineDriver:
                 submission.priority,
                 arrival=submission.arrival,
                 salt=submission.salt,
+                is_streamed=submission.is_streamed,
             )
         except Exception as error:
             LOG.exception("a request could not be started")
@@ -186,6 +187,11 @@ class EngineDriver:
         report.keys.append(key)
         report.counts.append(len(tokens))
         report.tokens.extend(tokens)
+        start, params = generation.request.num_output - len(tokens), generation.params
+        if params.logprobs is not None and tokens:
+            report.scores.append((key, generation.scores[start:]))
+        if params.prompt_logprobs is not None and tokens and not start:
+            report.prompt_scores.append((key, generation.prompt_scores))
         if generation.finish_reason is not None:
             self._end(key, generation)
 

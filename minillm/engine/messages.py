@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minillm.core.plan import ints
-from minillm.types import FinishReason, SamplingParams, Timings
+from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Submission:
     """Users of one priority get equal shares of tokens."""
     salt: bytes = b""
     """Cached prefixes are shared only under an equal salt."""
+    is_streamed: bool = True
+    """Whether somebody reads its tokens as they come."""
 
 
 class Ending(NamedTuple):
@@ -65,6 +67,10 @@ class Report:
     counts: array[int] = field(default_factory=ints)
     tokens: array[int] = field(default_factory=ints)
     endings: list[Ending] = field(default_factory=list)
+    scores: list[tuple[int, list[TokenScore]]] = field(default_factory=list)
+    """By key: of the tokens gained, if their logprobs were asked for."""
+    prompt_scores: list[tuple[int, list[TokenScore | None]]] = field(default_factory=list)
+    """By key, with the first token: of the prompt's tokens, if their logprobs were asked for."""
     answers: list[tuple[int, Any]] = field(default_factory=list)
     """Queries by number, and their plain answers."""
     failure: str = ""

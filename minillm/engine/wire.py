@@ -15,7 +15,7 @@ import msgpack
 from minillm.core.plan import ints
 from minillm.engine.driver import Command
 from minillm.engine.messages import Ending, Load, Report, Submission
-from minillm.types import FinishReason, SamplingParams, Timings
+from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
 
 __all__ = ["Reader", "pack_command", "pack_report", "pack_value", "unpack_command", "unpack_report"]
 
@@ -74,12 +74,13 @@ def pack_report(report: Report) -> bytes:
     """A report of EngineDriver."""
     columns = [column.tobytes() for column in (report.keys, report.counts, report.tokens)]
     endings = [[*ending[:2], asdict(ending.timings), *ending[3:]] for ending in report.endings]
-    return pack_value([list(report.load), *columns, endings, report.answers, report.failure])
+    rest = [report.scores, report.prompt_scores, report.answers, report.failure]
+    return pack_value([list(report.load), *columns, endings, *rest])
 
 
 def unpack_report(value: Any) -> Report:
     """What `pack_report` packed."""
-    load, keys, counts, tokens, endings, answers, failure = value
+    load, keys, counts, tokens, endings, scores, prompt_scores, answers, failure = value
     return Report(
         load=Load(*load),
         keys=ints_of(keys),
@@ -89,9 +90,17 @@ def unpack_report(value: Any) -> Report:
             Ending(key, FinishReason(reason), Timings(**timings), number, error)
             for key, reason, timings, number, error in endings
         ],
+        scores=[(key, [score_of(each) for each in found]) for key, found in scores],
+        prompt_scores=[(key, [each and score_of(each) for each in found]) for key, found in prompt_scores],
         answers=[(number, answer) for number, answer in answers],
         failure=failure,
     )
+
+
+def score_of(value: Any) -> TokenScore:
+    """A score as it was."""
+    token, logprob, rank, top = value
+    return TokenScore(token, logprob, rank, tuple((token, logprob) for token, logprob in top))
 
 
 def ints_of(data: bytes) -> array[int]:

@@ -11,11 +11,12 @@ from starlette.responses import JSONResponse, Response
 
 from minillm.errors import RequestError
 from minillm.server.answers import timings_of, usage_of, with_timings
+from minillm.server.logprobs import chat_logprobs
 from minillm.server.protocol import ChatRequest
 from minillm.server.service import Choice, Piece, Service, abort_all, finish_all, merged, new_id
 from minillm.server.stream import EventStream, while_connected
 from minillm.server.tools import MAX_CALLS, ToolReader
-from minillm.types import FinishReason
+from minillm.types import FinishReason, TokenScore
 
 __all__ = ["chat_router"]
 
@@ -42,9 +43,12 @@ def chat_router(service: Service) -> APIRouter:
         headers = {"X-Request-Id": request_id}
         readers = [reader_of(body, tools) for _ in choices]
         if body.stream:
-            return EventStream(events(body, choices, readers, head), headers=headers)
+            return EventStream(events(body, service, choices, readers, head), headers=headers)
         await while_connected(request, finish_all(choices))
-        entries = [entry_of(choice, reader) for choice, reader in zip(choices, readers, strict=True)]
+        entries = [
+            entry_of(choice, reader) | {"logprobs": logprobs_of(body, service, choice.scores)}
+            for choice, reader in zip(choices, readers, strict=True)
+        ]
         answer = head | {"object": "chat.completion", "choices": entries, "usage": usage_of(choices)}
         return JSONResponse(with_timings(answer, choices), headers=headers)
 
@@ -88,7 +92,6 @@ def entry_of(choice: Choice, reader: ToolReader | None) -> dict[str, Any]:
     return {
         "index": choice.index,
         "message": message | ({"tool_calls": calls} if calls else {}),
-        "logprobs": None,
         "finish_reason": reason_of(choice, calls),
         "timings": timings_of(choice.timings),
     }
@@ -105,8 +108,17 @@ def delta_of(piece: Piece, reader: ToolReader | None) -> dict[str, Any]:
     return ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
 
 
+def logprobs_of(body: ChatRequest, service: Service, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    """Those of some tokens, if they were asked for."""
+    return chat_logprobs(service.tokenizer, scores) if body.logprobs else None
+
+
 async def events(
-    body: ChatRequest, choices: Sequence[Choice], readers: Sequence[ToolReader | None], head: dict[str, Any]
+    body: ChatRequest,
+    service: Service,
+    choices: Sequence[Choice],
+    readers: Sequence[ToolReader | None],
+    head: dict[str, Any],
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's objects; all is ended if the reader goes away."""
     head = head | {"object": "chat.completion.chunk"}
@@ -114,13 +126,14 @@ async def events(
     try:
         async for piece in merged(choices):
             choice, delta, is_last = choices[piece.index], delta_of(piece, readers[piece.index]), piece.is_last
-            if not delta and not is_last:
+            if not delta and not is_last and not body.logprobs:
                 continue
             if piece.index not in begun:
                 begun.add(piece.index)
                 delta = {"role": "assistant", "content": ""} | delta
             reason = reason_of(choice, delta.get("tool_calls", ()))
-            entry = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            logprobs = logprobs_of(body, service, choice.scores[-len(piece.token_ids) :] if piece.token_ids else ())
+            entry = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             chunk = head | {"choices": [entry]}
             yield with_timings(chunk, [choice]) if is_last else chunk
         if body.wants_usage:

@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from minillm.server.answers import timings_of, usage_of, with_timings
+from minillm.server.logprobs import completion_logprobs
 from minillm.server.protocol import CompletionRequest
-from minillm.server.service import Choice, Service, abort_all, finish_all, merged, new_id
+from minillm.server.service import Choice, Piece, Service, abort_all, finish_all, merged, new_id
 from minillm.server.stream import EventStream, while_connected
+from minillm.types import TokenScore
 
 __all__ = ["completions_router"]
 
@@ -28,7 +30,9 @@ def completions_router(service: Service) -> APIRouter:
         """Continue one text or several."""
         service.check_model(body.model)
         params = body.sampling(
-            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, logprobs=body.logprobs
+            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
         )
         prompts = await prompts_of(body, service)
         request_id = new_id("cmpl")
@@ -44,8 +48,7 @@ def completions_router(service: Service) -> APIRouter:
             return EventStream(events(body, service, choices, head), headers=headers)
         await while_connected(request, finish_all(choices))
         entries = [
-            choice_entry(choice, echo_of(body, service, choice) + choice.text)
-            | {"finish_reason": choice.finish_reason, "timings": timings_of(choice.timings)}
+            entry_of(body, service, choice, choice.whole, is_first=True) | {"timings": timings_of(choice.timings)}
             for choice in choices
         ]
         answer = head | {"choices": entries, "usage": usage_of(choices)}
@@ -65,30 +68,41 @@ async def prompts_of(body: CompletionRequest, service: Service) -> list[list[int
     return [await service.encode(each) if isinstance(each, str) else each for each in prompt]  # type: ignore[misc]
 
 
-def echo_of(body: CompletionRequest, service: Service, choice: Choice) -> str:
-    """The prompt as the text begins with it, if it is to."""
-    return service.tokenizer.decode(choice.prompt) if body.echo else ""
-
-
-def choice_entry(choice: Choice, text: str) -> dict[str, Any]:
-    """One entry of `choices`."""
-    return {"index": choice.index, "text": text, "logprobs": None}
+def entry_of(
+    body: CompletionRequest, service: Service, choice: Choice, piece: Piece, *, is_first: bool
+) -> dict[str, Any]:
+    """An entry of `choices` with what a choice last gained; the first one begins with the prompt if that is echoed."""
+    echo = service.tokenizer.decode(choice.prompt) if body.echo else ""
+    entry: dict[str, Any] = {
+        "index": choice.index,
+        "text": echo + piece.text if is_first else piece.text,
+        "logprobs": None,
+        "finish_reason": piece.finish_reason,
+    }
+    if body.logprobs is not None:
+        tokens = piece.token_ids
+        scores: list[TokenScore | None] = list(choice.scores[len(choice.token_ids) - len(tokens) :])
+        start = len(echo) + len(choice.text) - len(piece.text)
+        if echo and is_first:
+            tokens, scores, start = choice.prompt + tokens, choice.stream.prompt_scores + scores, 0
+        entry["logprobs"] = completion_logprobs(service.tokenizer, tokens, scores, start)
+    return entry
 
 
 async def events(
     body: CompletionRequest, service: Service, choices: Sequence[Choice], head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's objects; all is ended if the reader goes away."""
-    echoes = {choice.index: echo_of(body, service, choice) for choice in choices}
+    begun: set[int] = set()
     try:
         async for piece in merged(choices):
-            choice, is_last = choices[piece.index], piece.is_last
-            text = echoes.pop(piece.index, "") + piece.text
-            if not text and not is_last:
+            choice, is_first = choices[piece.index], piece.index not in begun
+            has_news = piece.text or (body.logprobs is not None and piece.token_ids) or (body.echo and is_first)
+            if not has_news and not piece.is_last:
                 continue
-            entry = choice_entry(choice, text) | {"finish_reason": piece.finish_reason}
-            chunk = head | {"choices": [entry]}
-            yield with_timings(chunk, [choice]) if is_last else chunk
+            begun.add(piece.index)
+            chunk = head | {"choices": [entry_of(body, service, choice, piece, is_first=is_first)]}
+            yield with_timings(chunk, [choice]) if piece.is_last else chunk
         if body.wants_usage:
             yield with_timings(head | {"choices": [], "usage": usage_of(choices)}, choices)
     finally:

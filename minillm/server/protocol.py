@@ -24,7 +24,7 @@ __all__ = [
     "TokenizeRequest",
 ]
 
-OWN_FIELDS = frozenset(("n", "logprobs", "max_tokens"))
+OWN_FIELDS = frozenset(("n", "logprobs", "prompt_logprobs", "max_tokens"))
 """Fields that OpenAI's endpoints define otherwise than SamplingParams does."""
 KNOWN = tuple(field.name for field in fields(SamplingParams))
 SAMPLING = tuple(name for name in KNOWN if name not in OWN_FIELDS)

@@ -20,7 +20,7 @@ from minillm.server.errors import ApiError
 from minillm.server.protocol import GenerationRequest, Message
 from minillm.server.recent import RecentRequests
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings, shown
+from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings, TokenScore, shown
 
 __all__ = ["Choice", "Piece", "Service", "abort_all", "finish_all", "merged", "new_id"]
 
@@ -88,6 +88,16 @@ class Choice:
         self.engine.finish(self.stream, FinishReason.ABORT)
 
     @property
+    def whole(self) -> Piece:
+        """All that it has, as one piece."""
+        return Piece(index=self.index, text=self.text, token_ids=self.token_ids, finish_reason=self.finish_reason)
+
+    @property
+    def scores(self) -> Sequence[TokenScore]:
+        """Of `token_ids`, if their logprobs were asked for."""
+        return self.stream.scores[: len(self.token_ids)]
+
+    @property
     def timings(self) -> Timings:
         """Where the time went; complete once it has ended."""
         assert self.stream.ending is not None
@@ -111,6 +121,10 @@ class Choice:
         if ending.reason is FinishReason.REJECTED:
             raise ApiError(HTTPStatus.BAD_REQUEST, ending.error)
         if ending.reason is FinishReason.ERROR:
+            params = self.stream.submission.params
+            if params.allowed_token_ids is not None or params.bad_words or params.min_tokens:
+                message = "no token was left to choose: allow more by allowed_token_ids, bad_words or min_tokens"
+                raise ApiError(HTTPStatus.BAD_REQUEST, message)
             raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the engine failed at this request")
         return ending.reason
 
@@ -182,6 +196,7 @@ class Service:
                     priority=body.priority,
                     user=user,
                     salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
+                    is_streamed=bool(body.stream),
                     timeout=min(body.timeout or config.request_seconds, config.request_seconds),
                 )
                 choices.append(self._choice(len(choices), prompt, seeded, stream))
@@ -190,7 +205,7 @@ class Service:
 
     def _choice(self, index: int, prompt: list[int], params: SamplingParams, stream: TokenStream) -> Choice:
         stop_token_ids = self.engine.info.stop_token_ids(params)
-        reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids)
+        reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids, params.min_tokens)
         return Choice(index=index, prompt=prompt, stream=stream, reader=reader, engine=self.engine)
 
 

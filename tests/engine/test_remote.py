@@ -22,7 +22,7 @@ from minillm.engine.messages import Ending, Load, Report, Submission
 from minillm.engine.remote import ProcessLink
 from minillm.engine.wire import Reader, pack_command, pack_report, unpack_command, unpack_report
 from minillm.errors import ConfigError, EngineError, ModelNotFoundError
-from minillm.types import FinishReason, SamplingParams, Timings
+from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = EngineConfig(device="cpu", dtype="float32", max_model_len=256, num_kv_blocks=64)
@@ -65,6 +65,8 @@ def test_reports_arrive_as_they_were_sent(tokens: list[int], times: list[float],
         counts=array("i", [len(tokens), 0]),
         tokens=array("i", tokens),
         endings=[Ending(1, FinishReason.LENGTH, timings, 9, "why")],
+        scores=[(1, [TokenScore(5, -0.5, 2, ((7, -0.25), (5, -0.5)))]), (2, [])],
+        prompt_scores=[(2, [None, TokenScore(5, -0.5, 1, ())])],
         answers=[(1, {"a": None})],
         failure="x",
     )

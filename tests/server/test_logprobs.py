@@ -1,0 +1,90 @@
+"""Logprobs in the forms of OpenAI's API are those of the engine, streamed or not, wherever the engine runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from minillm import LLM, SamplingParams
+from tests.server.live import SMALL, TINY, Live
+
+PROMPT = [5, 6, 7]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """What the engine says without a server."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": SMALL.max_model_len}
+    with LLM(TINY, num_kv_blocks=64, **options) as llm:
+        return llm.generate([PROMPT], SamplingParams(logprobs=2, prompt_logprobs=2, **GREEDY))[0]
+
+
+def streamed(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The choices of a stream."""
+    response = live.post(path, stream=True, **body)
+    lines = [line for line in response.text.splitlines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+
+
+def test_of_a_completion(live: Live, expected: Any) -> None:
+    body = {"prompt": PROMPT, "logprobs": 2, **GREEDY}
+    choice = live.post("/v1/completions", **body).json()["choices"][0]
+    found = choice["logprobs"]
+    own = [each[token].logprob for each, token in zip(expected.logprobs, expected.token_ids, strict=True)]
+    assert found["token_logprobs"] == pytest.approx(own)
+    assert "".join(found["tokens"]) == choice["text"]
+    assert [
+        choice["text"][at:].startswith(token) for at, token in zip(found["text_offset"], found["tokens"], strict=True)
+    ]
+    assert [max(top.values()) for top in found["top_logprobs"]] == pytest.approx(own), "greedy takes the likeliest"
+    assert {len(top) for top in found["top_logprobs"]} == {2}
+    pieces = [choice["logprobs"] for choice in streamed(live, "/v1/completions", body)]
+    for name in found:
+        assert sum((piece[name] for piece in pieces), []) == found[name]
+
+
+def test_of_an_echoed_prompt(live: Live, expected: Any) -> None:
+    body = {"prompt": PROMPT, "logprobs": 1, "echo": True, **GREEDY}
+    choice = live.post("/v1/completions", **body).json()["choices"][0]
+    found = choice["logprobs"]
+    own = [each and each[token].logprob for each, token in zip(expected.prompt_logprobs, PROMPT, strict=True)]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert found["token_logprobs"][1:3] == pytest.approx(own[1:])
+    assert len(found["tokens"]) == 9 and "".join(found["tokens"]) == choice["text"]
+    pieces = [choice["logprobs"] for choice in streamed(live, "/v1/completions", body)]
+    for name in found:
+        assert sum((piece[name] for piece in pieces), []) == found[name]
+
+
+def test_of_a_chat(live: Live) -> None:
+    body = {"messages": [{"role": "user", "content": "baba"}], "logprobs": True, "top_logprobs": 3, **GREEDY}
+    choice = live.post("/v1/chat/completions", **body).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
+    for entry in content:
+        assert bytes(entry["bytes"]).decode() == entry["token"] and entry["logprob"] <= 0
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["top_logprobs"][0]["logprob"] == pytest.approx(entry["logprob"])
+    pieces = [choice["logprobs"]["content"] for choice in streamed(live, "/v1/chat/completions", body)]
+    assert sum(pieces, []) == content
+    without = live.post("/v1/chat/completions", **(body | {"logprobs": None, "top_logprobs": None})).json()
+    assert without["choices"][0]["logprobs"] is None
+
+
+def test_biases_come_with_texts_for_keys(live: Live) -> None:
+    body = {"prompt": PROMPT, "logit_bias": {"9": 100}, **GREEDY}
+    text = live.post("/v1/completions", **body).json()["choices"][0]["text"]
+    assert text == live.post("/detokenize", tokens=[9] * 6).json()["prompt"]
+    for bias in ({"x": 1}, {"9": "x"}, {"-1": 1}, {"512": 1}, [9]):
+        response = live.post("/v1/completions", **(body | {"logit_bias": bias}))
+        assert response.status_code == 400 and "logit_bias" in response.json()["error"]["message"]
+
+
+def test_a_request_without_a_token_to_choose_is_the_clients_fault(live: Live) -> None:
+    word = live.post("/detokenize", tokens=[9]).json()["prompt"].strip()
+    response = live.post("/v1/completions", prompt=PROMPT, allowed_token_ids=[9], bad_words=[word], **GREEDY)
+    assert response.status_code == 400 and "allowed_token_ids" in response.json()["error"]["message"]
+    live.wait_idle()
