@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -111,13 +113,12 @@ def test_bad_updates_are_refused(tiny_config) -> None:
     assert cache.lengths == (0, 0)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
-def test_transformers_generates_the_same_with_it(tiny_config, attention: str, sampling: dict[str, object]) -> None:
+def make_hf_model(attention: str) -> Any:
+    """A tiny Llama of transformers, of the shape of `tiny_config`."""
     import transformers
 
     torch.manual_seed(0)
-    hf_config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=163,
         hidden_size=64,
         intermediate_size=96,
@@ -127,13 +128,40 @@ def test_transformers_generates_the_same_with_it(tiny_config, attention: str, sa
         initializer_range=0.3,
         attn_implementation=attention,
     )
-    model = transformers.LlamaForCausalLM(hf_config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
+def test_transformers_generates_the_same_with_it(tiny_config, attention: str, sampling: dict[str, object]) -> None:
+    import transformers
+
+    model = make_hf_model(attention)
     ids = torch.randint(3, 163, (3, 21))
     outputs = []
-    for cache in (transformers.DynamicCache(config=hf_config), KVCache(tiny_config(), batch_size=3)):
+    for cache in (transformers.DynamicCache(config=model.config), KVCache(tiny_config(), batch_size=3)):
         torch.manual_seed(1)
         wanted = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None, **sampling}
         outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **wanted))
         assert cache.get_seq_length() == 60
     assert torch.equal(*outputs)
     assert len(set(outputs[0][0, 21:].tolist())) > 5  # not one token again and again
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transformers_reads_a_padded_prompt_in_chunks_with_it(tiny_config, attention: str) -> None:
+    import transformers
+
+    model = make_hf_model(attention)
+    ids = torch.randint(3, 163, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0  # padding in front
+    outputs = []
+    for cache in (transformers.DynamicCache(config=model.config), KVCache(tiny_config(), batch_size=2)):
+        with torch.no_grad():
+            parts = [
+                model(ids[:, at : at + 10], attention_mask=mask[:, : at + 10], past_key_values=cache).logits
+                for at in range(0, 40, 10)
+            ]
+        outputs.append(torch.cat(parts, dim=1))
+    assert torch.equal(*outputs)
