@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from minillm import classic
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[2]
 OLD_ROOTS = r"src\.models\.chunked_prefill|src\.models\.mini_llm|src\.config|src\.cache\.kv_cache|src\.inference_engine"
 OLD_ROOTS += r"|MiniLLM|KVCache|config|demo_usage"
 PREAMBLES = {  # the names that the documents leave open
@@ -89,6 +91,19 @@ def test_every_field_of_the_documents_config_is_there() -> None:
     for field in theirs:
         assert ours[field.name].default == field.default, field.name
         assert field.type in (hints[field.name], *get_args(hints[field.name])), field.name
+
+
+@pytest.mark.parametrize("name", ["test_chunked_prefill", "test_integration"])
+def test_the_tests_that_the_documents_run_are_scripts(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, Path(__file__).parent / f"{name}.py"]
+    environment = {**os.environ, "PYTEST_ADDOPTS": "--collect-only", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and f"{name}.py::test_" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["demo_chunked_prefill", "demo_usage", "performance_analysis"])
+def test_the_examples_that_the_documents_name_are_there(name: str) -> None:
+    assert (ROOT / "examples" / "classic" / f"{name}.py").is_file()  # tests/architecture/test_surface.py runs them
 
 
 def test_the_public_names() -> None:
