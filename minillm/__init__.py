@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from minillm.config import EngineConfig, ModelConfig
-from minillm.types import FinishReason, RequestOutput, SamplingParams, Timings
+from minillm.types import BeamSearchOutput, BeamSearchParams, FinishReason, RequestOutput, SamplingParams, Timings
 
 if TYPE_CHECKING:
     from minillm.llm import LLM
 
-__all__ = ["LLM", "EngineConfig", "FinishReason", "ModelConfig", "RequestOutput", "SamplingParams", "Timings"]
+__all__ = [
+    "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "EngineConfig",
+    "FinishReason",
+    "ModelConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "Timings",
+]
 __version__ = "0.1.0"
 
 

@@ -11,11 +11,20 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minillm.config import EngineConfig
+from minillm.engine.beams import BeamRun
 from minillm.engine.interrupts import interrupts_deferred
 from minillm.engine.launch import DEFAULT_MODEL, launch
-from minillm.engine.output import TextStream
+from minillm.engine.output import TextStream, beam_output
 from minillm.errors import ConfigError, RequestError
-from minillm.types import FinishReason, RequestOutput, SamplingParams, as_int, shown
+from minillm.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    as_int,
+    shown,
+)
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -97,6 +106,35 @@ class LLM:
             raise RequestError(f"n must be 1 for a stream, which is one completion, not {params.n}; use generate")
         return self._chunks(self._checked(None, prompt, params), params, priority)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of one prompt or many, best first, beside whatever else runs.
+
+        All inputs are checked first: RequestError names the index of a bad one, and nothing has started. Raises
+        EngineError if a step fails or the LLM was closed.
+        """
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"params must be BeamSearchParams, not {shown(params)}")
+        encoded = [self._checked(i, prompt, params) for i, prompt in enumerate(as_batch(prompts))]
+        runs: list[BeamRun] = []
+        try:
+            runs.extend(self.engine.add_beams(ids, params, priority) for ids in encoded)
+            while any(run.finish_reason is None for run in runs):
+                self._step()
+        finally:
+            with interrupts_deferred():
+                for run in runs:
+                    self.engine.finish_beams(run, FinishReason.ABORT)
+                self.engine.drain()
+        each = zip(encoded, runs, strict=True)
+        return [beam_output(str(i), self.tokenizer, ids, run) for i, (ids, run) in enumerate(each)]
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the model's special tokens, messages through its chat template.
 
@@ -128,10 +166,13 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _checked(self, index: int | None, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def _checked(self, index: int | None, prompt: Prompt, params: SamplingParams | BeamSearchParams) -> list[int]:
         try:
             ids = self.encode(prompt)
-            self.engine.check(ids, params)
+            if isinstance(params, BeamSearchParams):
+                self.engine.check_beams(ids, params)
+            else:
+                self.engine.check(ids, params)
         except RequestError as error:
             raise error if index is None else RequestError(f"prompt {index}: {error}") from error
         return ids

@@ -57,16 +57,17 @@ class Scheduler:
         self._enter(child, parent.rank[1])
 
     def adopt(self, request: Request, parent: Request) -> None:
-        """Let `request`, held or queued, go on from where `parent`, held or queued after as many tokens, is.
-
-        It keeps its row and shares the parent's blocks if both have a row, else it is queued.
-        """
+        """Let `request` go on from where `parent` is, both held or queued; if both have a row they share blocks."""
         if request.row and parent.row:
             self._running.adopt(request, parent)
         elif request.row:
             self._running.preempt(request)
             self._requeue()
         request.tokens, request.keys = parent.tokens[:], parent.keys[:]
+
+    def choose(self, request: Request, token: int | None) -> None:
+        """Take back the last token of `request` and hold it (None), or let it go on with the token that was chosen."""
+        request.hold() if token is None else request.resume(token)
 
     def yield_rows(self) -> None:
         """Preempt the request of the largest rank: all that run are held for others, which wait for what it has."""

@@ -51,7 +51,8 @@ class Hypotheses:
     def __init__(self, params: BeamSearchParams, max_tokens: int, stop_token_ids: frozenset[int]) -> None:
         self._params, self._max_tokens, self._stop_token_ids = params, max_tokens, stop_token_ids
         self._logprobs = [0.0]
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Rounds so far."""
         self.finished: list[Finished] = []
         """The best so far, the best first; at most `beam_width`."""
         self.is_done = False
@@ -67,7 +68,7 @@ class Hypotheses:
         `outputs`, `candidates`: of each member its tokens and its likeliest next ones, in the order of the last round.
         """
         params, width = self._params, self._params.beam_width
-        self._num_tokens += 1
+        self.num_tokens += 1
         ranked = sorted(
             (
                 Successor(self._logprobs[parent] + logprob, parent, token)
@@ -85,10 +86,10 @@ class Hypotheses:
         return [] if self.is_done else going
 
     def _is_end(self, successor: Successor) -> bool:
-        return successor.token in self._stop_token_ids or self._num_tokens >= self._max_tokens
+        return successor.token in self._stop_token_ids or self.num_tokens >= self._max_tokens
 
     def _finish(self, successor: Successor, output: Sequence[int]) -> Finished:
-        score = successor.logprob / self._num_tokens**self._params.length_penalty
+        score = successor.logprob / self.num_tokens**self._params.length_penalty
         return Finished(score, successor.logprob, (*output, successor.token))
 
     def _keep_best(self, new: list[Finished]) -> None:
@@ -98,7 +99,7 @@ class Hypotheses:
         """Whether the likeliest that goes on may yet beat the worst of those that are finished."""
         penalty = self._params.length_penalty
         is_patient = self._params.early_stopping == "never" and penalty > 0
-        length = self._max_tokens if is_patient else self._num_tokens
+        length = self._max_tokens if is_patient else self.num_tokens
         best_possible: float = self._logprobs[0] / length**penalty
         return best_possible > self.finished[-1].score
 
@@ -121,13 +122,21 @@ class BeamSearch:
         self._candidates: dict[int, Sequence[Candidate]] = {}
         self.finish_reason: FinishReason | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Rounds so far."""
+        return self.hypotheses.num_tokens
+
     def take(self, request: Request, candidates: Sequence[Candidate]) -> list[Request]:
         """A member's result; once every member's is here, the next round begins. Returns the members that are new."""
         if request.finish_reason is FinishReason.ERROR:
             self.finish(FinishReason.ERROR)
         if self.finish_reason is not None:
             return []
-        request.hold()
+        if request.finish_reason is None:
+            self._scheduler.choose(request, None)
+        else:  # it came to its last token: the round is the last one
+            request.tokens.pop()
         self._candidates[request.number] = candidates
         if len(self._candidates) < len(self.members):
             return []
@@ -163,7 +172,7 @@ class BeamSearch:
             after.append((member, token))
         for member, token in after:  # nobody gets longer before everybody has what was computed
             if member not in new:
-                member.resume(token)
+                self._scheduler.choose(member, token)
         self.members = [member for member, _ in after]
         return new
 

@@ -15,6 +15,7 @@ from minillm.core.plan import StepPlan
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
 from minillm.decoding.speculator import Speculator, Verified
+from minillm.engine.beams import BeamRun, BeamRuns
 from minillm.engine.completions import Generation, note_logprobs
 from minillm.engine.figures import Figures
 from minillm.engine.grammars import GrammarRunner
@@ -26,7 +27,7 @@ from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
 from minillm.text.grammar import GrammarCompiler
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings
+from minillm.types import MAX_SEED, BeamSearchParams, FinishReason, SamplingParams, Timings
 
 __all__ = ["Engine", "Generation"]
 
@@ -52,6 +53,7 @@ class Engine:
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self.timeline, self.figures = Timeline(scheduler), Figures()
         self._row_params = RowParamsMaker(self.info, tokenizer)
+        self._beams = BeamRuns(scheduler, self.info, self.timeline, self._make_number)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
         self._masked = GrammarRunner(runner, vocab_size)
         self._metrics = Metrics()
@@ -67,7 +69,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step in flight."""
-        return bool(self._live) or self._in_flight is not None
+        return bool(self._live or self._beams) or self._in_flight is not None
 
     @property
     def metrics(self) -> Metrics:
@@ -109,10 +111,7 @@ class Engine:
         whether somebody reads its tokens as they come, and wants steps to be short. `is_checked`: `check` passed it.
         Raises RequestError, or EngineError once a step has failed or the engine was closed.
         """
-        if self._is_closed:
-            raise EngineError("this engine was closed; make another LLM")
-        if self._failure is not None:
-            raise EngineError(f"the engine stopped: {self._failure}") from self._failure
+        self._check_running()
         if not is_checked:
             self.check(prompt, params)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
@@ -134,6 +133,23 @@ class Engine:
             if self.scheduler.finish(request.number, reason) is None:
                 request.finish_reason = reason  # it waits for its prompt and is not queued
             self._note(generation, self.clock())
+
+    def check_beams(self, prompt: Sequence[int], params: BeamSearchParams) -> None:
+        """Raise RequestError if this search can never be done; change nothing."""
+        self._beams.check(prompt, params)
+
+    def add_beams(
+        self, prompt: Sequence[int], params: BeamSearchParams, priority: int = 0, *, salt: bytes = b""
+    ) -> BeamRun:
+        """Queue a beam search; `step` advances it. Raises RequestError, EngineError as `add` does."""
+        self._check_running()
+        self.check_beams(prompt, params)
+        self._metrics.num_requests += 1
+        return self._beams.start(prompt, params, priority=priority, salt=salt, now=self.clock())
+
+    def finish_beams(self, run: BeamRun, reason: FinishReason) -> None:
+        """End a beam search now, if it has not ended."""
+        self._beams.finish(run, reason, self.clock())
 
     def step(self) -> list[Generation]:
         """One turn of the loop; returns the requests that gained tokens or ended.
@@ -159,7 +175,10 @@ class Engine:
             self.timeline.plan(done.planned, start)
         if done.result is not None:
             self.timeline.apply(done.result, now)
-        changed = [self._live[request.number] for request in done.changed]
+        if done.planned is None and done.result is None and self.scheduler.num_running:
+            self.scheduler.yield_rows()
+        others = done.changed if done.result is None else self._beams.take(done.changed, done.result, now)
+        changed = [self._live[request.number] for request in others]
         for generation in changed:
             self._note(generation, now)
         self._count(done)
@@ -167,22 +186,32 @@ class Engine:
 
     def drain(self) -> None:
         """Wait for the step in flight if no request is left to wait for it."""
-        while self._in_flight is not None and not self._live:  # a step that fails leaves none in flight
-            self.step()
+        while self._in_flight is not None and not (self._live or self._beams):
+            self.step()  # one that fails leaves none in flight
 
     def close(self) -> None:
         """End every request, let the step in flight end, and take no more."""
         for generation in list(self._live.values()):
             self.finish(generation, FinishReason.ABORT)
+        self._beams.finish_all(FinishReason.ABORT, self.clock())
         self.drain()
         self.grammars.close()
         self._is_closed = True
 
+    def _check_running(self) -> None:
+        if self._is_closed:
+            raise EngineError("this engine was closed; make another LLM")
+        if self._failure is not None:
+            raise EngineError(f"the engine stopped: {self._failure}") from self._failure
+
+    def _make_number(self) -> int:
+        self._num_added += 1
+        return self._num_added
+
     def _entered(self, prompt: Sequence[int], params: SamplingParams, seed: int, options: dict[str, Any]) -> Generation:
         """A generation of its own number, not queued yet."""
-        self._num_added += 1
         request = Request(
-            self._num_added,
+            self._make_number(),
             prompt,
             max_tokens=params.max_tokens,
             params=self._row_params.of(params, len(prompt), seed),
@@ -260,3 +289,4 @@ class Engine:
         self._failure, self._in_flight = failure, None
         for generation in list(self._live.values()):
             self.finish(generation, FinishReason.ERROR)
+        self._beams.finish_all(FinishReason.ERROR, self.clock())

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 
+from minillm.engine.beams import BeamRun
 from minillm.engine.engine import Engine, Generation
 from minillm.text.detokenizer import Detokenizer
 from minillm.text.stop import StopMatcher
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenScore
+from minillm.types import (
+    BeamSearchOutput,
+    BeamSequence,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    TokenScore,
+)
 
 
 class TextReader:
@@ -128,3 +137,22 @@ class TextStream:
             token: Logprob(logprob, rank, self._tokenizer.decode([token], skip_special_tokens=False))
             for token, (logprob, rank) in found.items()
         }
+
+
+def beam_output(request_id: str, tokenizer: Tokenizer, prompt: list[int], run: BeamRun) -> BeamSearchOutput:
+    """A finished beam search, with its continuations as text."""
+    sequences = []
+    for score, logprob, tokens in run.search.hypotheses.finished:
+        reader = TextReader(tokenizer, prompt, (), run.stop_token_ids)
+        text = "".join(map(reader.feed, tokens)) + reader.finish()
+        is_stop = tokens[-1] in run.stop_token_ids
+        sequences.append(
+            BeamSequence(
+                text=text,
+                token_ids=list(tokens),
+                score=score,
+                cumulative_logprob=logprob,
+                finish_reason=FinishReason.STOP if is_stop else FinishReason.LENGTH,
+            )
+        )
+    return BeamSearchOutput(request_id=request_id, prompt_token_ids=prompt, sequences=sequences, timings=run.timings)

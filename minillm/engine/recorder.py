@@ -52,6 +52,22 @@ class RecordingScheduler(Scheduler):
         super().fork(parent, child)
         self._recording.know(child)  # its keys are a list of their own by now
 
+    def adopt(self, request: Request, parent: Request) -> None:
+        """Let a request go on from where another is, as any scheduler does."""
+        self._recording.note(self, None, ("adopt", request.number, parent.number))
+        super().adopt(request, parent)
+        self._recording.know(request)
+
+    def choose(self, request: Request, token: int | None) -> None:
+        """Hold a request or let it go on, as any scheduler does."""
+        self._recording.note(self, None, ("choose", request.number, token is None))
+        super().choose(request, token)
+
+    def yield_rows(self) -> None:
+        """Preempt a request for others, as any scheduler does."""
+        self._recording.note(self, None, ("yield",))
+        super().yield_rows()
+
     def finish(self, number: int, reason: FinishReason) -> Request | None:
         """End a request, as any scheduler does."""
         self._recording.note(self, None, ("finish", number, reason))

@@ -87,6 +87,12 @@ def run_event(scheduler: Scheduler, plans: dict[int, StepPlan], kind: str, value
         scheduler.add(decode(values[0], {}, {}))
     elif kind == "fork":
         scheduler.fork(scheduler._live[values[0]], decode(values[1], {}, {}))
+    elif kind == "adopt":
+        scheduler.adopt(*(scheduler._live[number] for number in values))
+    elif kind == "choose":
+        scheduler.choose(scheduler._live[values[0]], None if values[1] else 0)
+    elif kind == "yield":
+        scheduler.yield_rows()
     elif kind == "finish":
         scheduler.finish(values[0], FinishReason(values[1][1]))
     elif kind == "schedule":

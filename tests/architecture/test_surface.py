@@ -18,7 +18,17 @@ MAX_EXAMPLE_LINES = 30
 
 
 def test_public_names() -> None:
-    names = ["EngineConfig", "FinishReason", "LLM", "ModelConfig", "RequestOutput", "SamplingParams", "Timings"]
+    names = [
+        "BeamSearchOutput",
+        "BeamSearchParams",
+        "EngineConfig",
+        "FinishReason",
+        "LLM",
+        "ModelConfig",
+        "RequestOutput",
+        "SamplingParams",
+        "Timings",
+    ]
     assert sorted(minillm.__all__) == names
     assert all(hasattr(minillm, name) for name in minillm.__all__)
     with pytest.raises(AttributeError, match="made_up"):
