@@ -40,7 +40,7 @@ def params(num: int) -> list[SamplingParams]:
         {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
         {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "logit_bias": {7: 1.0}},
         {"temperature": 0.7, "presence_penalty": 0.5, "bad_words": ["baba bade"], "min_tokens": 3},
-        {"temperature": 0.7, "top_p": 0.9, "allowed_token_ids": list(range(3, 400, 2))},
+        {"temperature": 0.7, "top_p": 0.9, "allowed_token_ids": list(range(3, 400, 2)), "logprobs": 2},
     ]
     return [SamplingParams(**kinds[i % 6], seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(num)]
 
