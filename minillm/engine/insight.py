@@ -150,6 +150,7 @@ def shown_request(story: Story, now: float) -> dict[str, Any]:
         "num_output": request.num_output,
         "max_tokens": request.max_tokens,
         "num_blocks": len(request.blocks),
+        "ttft": timings.ttft,
     }
 
 

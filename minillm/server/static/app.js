@@ -58,7 +58,7 @@ function showBlocks(blocks) {
 }
 
 function showCharts(feed) {
-  const first = feed.ended.filter((request) => request.ttft !== null);
+  const first = [...feed.ended, ...feed.requests].filter((request) => request.ttft !== null);
   drawFirstTokens(page.ttft, first);
   if (first.length) page.ttft_note.textContent = `median ${time(quantile(first.map((request) => request.ttft), 0.5))}`;
   const gaps = steps.steps.filter((step) => step.num_decodes).slice(-NUM_GAPS);
