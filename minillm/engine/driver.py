@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from minillm.engine.engine import Engine, Generation
@@ -26,6 +27,8 @@ Command = tuple[str, tuple[Any, ...]]
 
 MAX_NUMBERS = 4096
 """Requests whose numbers are kept for those who ask of them later."""
+NUM_CHECKERS = 4
+CHECK_SECONDS = 0.01
 NUM_AHEAD = 4
 """Requests given to the scheduler beyond its rows, for it to choose among when memory is short."""
 
@@ -53,6 +56,8 @@ class EngineDriver:
         self._queries = {"dump": self.dump, **Insight(engine, self._numbers).queries, **(queries or {})}
         self._queue: FairQueue[Submission] = FairQueue()
         self._queued: dict[int, Submission] = {}
+        self._checking: dict[int, tuple[Submission, Future[None]]] = {}
+        self._pool = ThreadPoolExecutor(NUM_CHECKERS, "check")
         self._live: dict[int, Generation] = {}
         self._keys: dict[int, int] = {}  # the engine's request number -> the front end's key
         self._unstarted: dict[int, Generation] = {}
@@ -62,7 +67,7 @@ class EngineDriver:
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
         report = self._report
-        return bool(self._queued or self.engine.has_work or report.endings or report.answers)
+        return bool(self._checking or self._queued or self.engine.has_work or report.endings or report.answers)
 
     @property
     def load(self) -> Load:
@@ -73,20 +78,25 @@ class EngineDriver:
         return Load(applied[0], scheduler.num_running, num_waiting, scheduler.kv.usage, applied[1])
 
     def submit(self, submission: Submission) -> None:
-        """Queue a request. One that cannot be served ends at once, alone."""
+        """Queue a request. One that cannot be served ends at once, alone; a grammar is compiled on another thread."""
+        if submission.params.structured_outputs is not None:
+            check = self._pool.submit(self.engine.check, submission.prompt, submission.params)
+            self._checking[submission.key] = submission, check
+            return
         try:
             self.engine.check(submission.prompt, submission.params)
-        except RequestError as error:
-            self._end_unstarted(submission, FinishReason.REJECTED, str(error))
-            return
-        limits = self.engine.info.limits
-        num_output = min(submission.params.max_tokens, limits.max_model_len - len(submission.prompt))
-        cost = len(submission.prompt) + num_output
-        self._queue.push(submission, priority=submission.priority, user=submission.user, cost=cost)
-        self._queued[submission.key] = submission
+        except Exception as error:
+            self._refuse(submission, error)
+        else:
+            self._enqueue(submission)
 
     def finish(self, key: int, reason: FinishReason) -> None:
         """End a request in whatever state it is; nothing happens if it ended before."""
+        checking = self._checking.pop(key, None)
+        if checking is not None:
+            checking[1].cancel()
+            self._end_unstarted(checking[0], reason)
+            return
         submission, generation = self._queued.pop(key, None), self._live.get(key)
         if submission is not None:
             self._queue.remove(submission, priority=submission.priority, user=submission.user)
@@ -108,6 +118,7 @@ class EngineDriver:
     def turn(self) -> Report:
         """Start what fits, run one step, and report since the last turn. After a failure nothing is left to do."""
         failure = ""
+        self._take_checked()
         try:
             self._release()
             if self.engine.has_work:
@@ -115,7 +126,7 @@ class EngineDriver:
                     self._collect(generation)
         except EngineError as error:
             failure = str(error)
-            self._queue, self._queued = FairQueue(), {}
+            self._queue, self._queued, self._checking = FairQueue(), {}, {}
             self._live, self._keys, self._unstarted = {}, {}, {}
         report, self._report = self._report, Report(load=self.load)
         report.load, report.failure = self._report.load, failure
@@ -140,10 +151,40 @@ class EngineDriver:
 
     def close(self) -> Report:
         """End every request and take no more."""
-        for key in [*self._queued, *self._live]:
+        for key in [*self._checking, *self._queued, *self._live]:
             self.finish(key, FinishReason.ABORT)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         return self._report
+
+    def _refuse(self, submission: Submission, error: BaseException) -> None:
+        if isinstance(error, RequestError):
+            self._end_unstarted(submission, FinishReason.REJECTED, str(error))
+        else:
+            LOG.error("a request could not be checked", exc_info=error)
+            self._end_unstarted(submission, FinishReason.ERROR, str(error))
+
+    def _enqueue(self, submission: Submission) -> None:
+        limits = self.engine.info.limits
+        num_output = min(submission.params.max_tokens, limits.max_model_len - len(submission.prompt))
+        cost = len(submission.prompt) + num_output
+        self._queue.push(submission, priority=submission.priority, user=submission.user, cost=cost)
+        self._queued[submission.key] = submission
+
+    def _take_checked(self) -> None:
+        """Queue the requests whose grammars are ready; wait a moment for them if there is nothing else to do."""
+        checks = [check for _, check in self._checking.values()]
+        is_idle = not (self._queued or self.engine.has_work or self._report.endings or self._report.answers)
+        if checks and is_idle:
+            wait(checks, CHECK_SECONDS, FIRST_COMPLETED)
+        for key, (submission, check) in list(self._checking.items()):
+            if check.done():
+                del self._checking[key]
+                error = check.exception()
+                if error is None:
+                    self._enqueue(submission)
+                else:
+                    self._refuse(submission, error)
 
     def _release(self) -> None:
         """Hand the engine what its next step could start: rows for all, and one step's budget of prompt tokens."""

@@ -15,7 +15,7 @@ import msgpack
 from minillm.core.plan import ints
 from minillm.engine.driver import Command
 from minillm.engine.messages import Ending, Load, Report, Submission
-from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
+from minillm.types import FinishReason, SamplingParams, StructuredOutputsParams, Timings, TokenScore
 
 __all__ = ["Reader", "pack_command", "pack_report", "pack_value", "unpack_command", "unpack_report"]
 
@@ -62,7 +62,10 @@ def unpack_command(value: Any) -> Command:
     """What `pack_command` packed."""
     name, given = value
     if name == "submit":
-        params = SamplingParams(**given.pop("params"))
+        values = given.pop("params")
+        if "structured_outputs" in values:
+            values["structured_outputs"] = StructuredOutputsParams(**values["structured_outputs"])
+        params = SamplingParams(**values)
         return name, (Submission(prompt=list(ints_of(given.pop("prompt"))), params=params, **given),)
     if name == "finish":
         key, reason = given

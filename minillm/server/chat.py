@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 from minillm.errors import RequestError
 from minillm.server.answers import timings_of, usage_of, with_timings
 from minillm.server.logprobs import chat_logprobs
-from minillm.server.protocol import ChatRequest
+from minillm.server.protocol import ChatRequest, NamedTool
 from minillm.server.service import Choice, Piece, Service, abort_all, finish_all, merged, new_id
 from minillm.server.stream import EventStream, while_connected
-from minillm.server.tools import MAX_CALLS, ToolReader
-from minillm.types import FinishReason, TokenScore
+from minillm.server.tools import MAX_CALLS, ToolReader, call_schema
+from minillm.types import FinishReason, StructuredOutputsParams, TokenScore
 
 __all__ = ["chat_router"]
 
@@ -29,11 +29,11 @@ def chat_router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
-        check_format(body)
         limit = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
         params = body.sampling(
             max_tokens=service.engine.info.limits.max_model_len if limit is None else limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            **form_of(body),
         )
         tools = tools_of(body, service)
         prompt = await service.encode_chat(body.messages, tools)
@@ -55,10 +55,21 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-def check_format(body: ChatRequest) -> None:
-    """Raise RequestError if the answer is to have a form that the engine cannot force on it."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(f"response_format of type {body.response_format.type} is not supported: leave it out")
+def form_of(body: ChatRequest) -> dict[str, StructuredOutputsParams]:
+    """The grammar that the answer is held to, if it is to have a certain form. Raises RequestError."""
+    schema, wanted = None, body.response_format
+    if body.tool_choice not in (None, "auto", "none"):
+        if wanted is not None and wanted.type != "text":
+            raise RequestError("response_format and a tool_choice that asks for a call exclude each other")
+        name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+        schema = call_schema([tool.function.model_dump() for tool in body.tools or ()], name)
+    elif wanted is not None and wanted.json_schema is not None:
+        schema = wanted.json_schema.json_schema
+    elif wanted is None or wanted.type == "text":
+        return {}
+    if "structured_outputs" in (body.model_extra or {}):
+        raise RequestError("structured_outputs and response_format or tool_choice exclude each other")
+    return {"structured_outputs": StructuredOutputsParams(json=schema, json_object=schema is None)}
 
 
 def tools_of(body: ChatRequest, service: Service) -> list[dict[str, Any]] | None:

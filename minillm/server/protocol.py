@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from minillm.errors import RequestError
-from minillm.types import SamplingParams
+from minillm.types import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "ChatRequest",
@@ -107,6 +107,11 @@ def plain(name: str, value: Any) -> Any:
             return {int(key): item for key, item in value.items()}
         except ValueError:
             raise RequestError("logit_bias takes token ids, as texts of digits, for keys") from None
+    if name == "structured_outputs" and isinstance(value, Mapping):
+        try:
+            return StructuredOutputsParams(**value)
+        except TypeError:
+            raise RequestError("structured_outputs takes json, json_object, regex, choice or grammar") from None
     return value
 
 
@@ -194,6 +199,19 @@ class Tool(Strict):
     function: Function
 
 
+class ToolName(Strict):
+    """The name of a tool."""
+
+    name: Annotated[str, Field(max_length=MAX_NAME)]
+
+
+class NamedTool(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
 class JsonSchema(Strict):
     """A schema as OpenAI's response_format holds it."""
 
@@ -209,6 +227,13 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def check_schema(self) -> ResponseFormat:
+        """A schema, where one is asked for and nowhere else."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be there for type json_schema, and for no other")
+        return self
+
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
@@ -221,8 +246,8 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    """The model decides; it cannot be made to call a tool."""
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    """The model decides, unless it is made to call a tool, any or the named one."""
     parallel_tool_calls: bool = True
     """False reports one call at most."""
     response_format: ResponseFormat | None = None
@@ -232,6 +257,8 @@ class ChatRequest(GenerationRequest):
         """Refuse fields that contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         return self

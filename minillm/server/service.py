@@ -122,8 +122,12 @@ class Choice:
             raise ApiError(HTTPStatus.BAD_REQUEST, ending.error)
         if ending.reason is FinishReason.ERROR:
             params = self.stream.submission.params
-            if params.allowed_token_ids is not None or params.bad_words or params.min_tokens:
-                message = "no token was left to choose: allow more by allowed_token_ids, bad_words or min_tokens"
+            limits = params.allowed_token_ids, params.structured_outputs
+            if limits != (None, None) or params.bad_words or params.min_tokens:
+                message = (
+                    "no token was left to choose: allow more by allowed_token_ids, bad_words, min_tokens or "
+                    "structured_outputs"
+                )
                 raise ApiError(HTTPStatus.BAD_REQUEST, message)
             raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the engine failed at this request")
         return ending.reason

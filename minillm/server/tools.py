@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["ToolReader"]
+from minillm.errors import RequestError
+
+__all__ = ["MAX_CALLS", "ToolReader", "call_schema"]
 
 OPEN, CLOSE, LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 JSON_STARTS = ("{", "[")
@@ -61,6 +63,26 @@ class ToolReader:
             return at
         num_open = next((n for n in range(len(OPEN) - 1, 0, -1) if self._text.endswith(OPEN[:n])), 0)
         return len(self._text) - num_open
+
+
+def call_schema(functions: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any]:
+    """JSON schema of one call of any of these functions, or of the named one. Raises RequestError."""
+    wanted = [function for function in functions if name in (None, function["name"])]
+    if not wanted:
+        raise RequestError(f"tool_choice names {name!r}, which is none of the tools")
+    forms = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                "arguments": function.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in wanted
+    ]
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
 def calls_in(text: str, names: frozenset[str]) -> list[dict[str, Any]]:

@@ -112,9 +112,17 @@ def test_tools_need_a_template_with_a_place_for_them(live: Live) -> None:
     assert answer_of(live, tools=TOOLS, tool_choice="none")["choices"]
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_cannot_be_forced(live: Live, choice: Any) -> None:
-    response = live.post("/v1/chat/completions", messages=MESSAGES, tools=TOOLS, tool_choice=choice)
+@pytest.mark.parametrize(
+    ("choice", "tools"),
+    [
+        ("required", None),
+        ("often", TOOLS),
+        ({"type": "function", "function": {"name": "other"}}, TOOLS),
+        ({"type": "function"}, TOOLS),
+    ],
+)
+def test_a_choice_of_no_tool_is_refused(live: Live, choice: Any, tools: Any) -> None:
+    response = live.post("/v1/chat/completions", messages=MESSAGES, tools=tools, tool_choice=choice)
     assert response.status_code == 400 and "tool_choice" in response.json()["error"]["message"]
 
 
