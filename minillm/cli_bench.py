@@ -167,3 +167,39 @@ def bench_decode(
     from minillm.bench import decode
 
     decode.run(max_context=max_context, picture=picture)
+
+
+@bench.command("speculation")
+@with_fields(EngineConfig, "config", enable_prefix_caching=False)
+def bench_speculation(
+    model: ModelOption = "smollm2",
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Requests at once; give it again for more. 1, 64 and 256 by default.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs, of which the median counts.")] = 3,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Speed with drafts over speed without, on ten prompts that ask to summarise and to edit."""
+    from minillm.bench import speculation
+
+    prepare(model)
+    sizes = batch_size or speculation.BATCH_SIZES
+    speculation.run(model=model, config=config, batch_sizes=sizes, max_tokens=max_tokens, repeats=max(1, repeats))
+
+
+@bench.command("lossless")
+@with_fields(EngineConfig, "config")
+def bench_lossless(
+    model: ModelOption = "smollm2",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a request that is compared.")] = 64,
+    num_draws: Annotated[int, typer.Option(help="Draws of the chi-square test.")] = 20_000,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Drafts change no token, and samples beside them have the model's distribution."""
+    from minillm.bench import lossless
+
+    prepare(model)
+    lossless.run(model=model, config=config, max_tokens=max_tokens, num_draws=num_draws)
