@@ -118,6 +118,8 @@ class LogitEdits:
             self.has_biases_S[seat.row] = edits is not None and bool(edits.biases)
             self.has_bad_words_S[seat.row] = edits is not None and bool(edits.bad_words)
             self.has_grammar_S[seat.row] = edits is not None and edits.has_grammar
+        if not self.is_edited_S.any():
+            return None
         rows = column(plan.rows)[order]
         num_samples = column(plan.num_samples)[order] * self.is_edited_S[rows]
         if not seated and not num_samples.any():

@@ -44,6 +44,8 @@ class LogprobRows:
             if seat.params.num_prompt_logprobs >= 0:
                 assert seat.tokens is not None
                 self._tokens[seat.row] = column(seat.tokens)
+        if self.num_top_S.max() < 0 and self.num_prompt_top_S.max() < 0:
+            return None
         rows = column(plan.rows)[order]
         num_samples = column(plan.num_samples)[order]
         num_sampled = np.where(self.num_top_S[rows] >= 0, num_samples, 0)
