@@ -203,3 +203,23 @@ def bench_lossless(
 
     prepare(model)
     lossless.run(model=model, config=config, max_tokens=max_tokens, num_draws=num_draws)
+
+
+@bench.command("company")
+@with_fields(EngineConfig, "config", enable_prefix_caching=False)
+def bench_company(
+    model: ModelOption = "smollm2",
+    num_rows: Annotated[int, typer.Option(help="Rows that decode at once, the demanding one included.")] = 256,
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    output_len: Annotated[int, typer.Option(help="Tokens that each row generates.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind of row.")] = 3,
+    *,
+    config: EngineConfig,
+) -> None:
+    """What one row with penalties, biases, logprobs or a grammar costs the plain rows beside it."""
+    from minillm.bench import company
+
+    prepare(model)
+    company.run(
+        model=model, config=config, num_rows=num_rows, input_len=input_len, output_len=output_len, repeats=repeats
+    )
