@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from minillm.config import EngineConfig, ModelConfig
-from minillm.types import BeamSearchOutput, BeamSearchParams, FinishReason, RequestOutput, SamplingParams, Timings
+from minillm.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+    Timings,
+)
 
 if TYPE_CHECKING:
     from minillm.llm import LLM
@@ -19,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "Timings",
 ]
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ def test_public_names() -> None:
         "ModelConfig",
         "RequestOutput",
         "SamplingParams",
+        "StructuredOutputsParams",
         "Timings",
     ]
     assert sorted(minillm.__all__) == names

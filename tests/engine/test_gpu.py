@@ -130,3 +130,25 @@ def test_the_cache_fills_what_is_left() -> None:
         free, total = torch.cuda.mem_get_info()
         assert total - free < 0.3 * total
         assert llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids
+
+
+def test_logprobs_are_those_of_a_pass_of_the_model() -> None:
+    each = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, logprobs=5, prompt_logprobs=5)
+    with LLM("random:tiny-llama", **(BASE | {"dtype": "float32"})) as llm:
+        for prompt, out in zip(prompts(6), llm.generate(prompts(6), each), strict=True):
+            assert out.prompt_logprobs is not None and out.logprobs is not None
+            expected = forward_logits(llm, prompt + out.token_ids)[:-1].log_softmax(-1)
+            found = [*out.prompt_logprobs[1:], *out.logprobs]
+            for logprobs, expected_V, token in zip(found, expected, [*prompt[1:], *out.token_ids], strict=True):
+                assert logprobs is not None
+                for other, logprob in logprobs.items():
+                    assert logprob.logprob == pytest.approx(float(expected_V[other]), abs=1e-3)
+                assert token in logprobs and len(logprobs) in (5, 6)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_outputs_match_their_schemas(enforce_eager: bool) -> None:
+    from tests.engine.test_grammars import check_schemas
+
+    with LLM("smollm2", device="cuda", max_model_len=512, max_num_seqs=40, enforce_eager=enforce_eager) as llm:
+        check_schemas(llm, 4)
