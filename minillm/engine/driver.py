@@ -74,7 +74,7 @@ class EngineDriver:
         """What there is to do."""
         scheduler = self.engine.scheduler
         num_waiting = len(self._queue) + scheduler.num_waiting
-        applied = self.engine._num_applied, self.engine._num_computed
+        applied = self.engine.num_applied, self.engine.num_computed
         return Load(applied[0], scheduler.num_running, num_waiting, scheduler.kv.usage, applied[1])
 
     def submit(self, submission: Submission) -> None:

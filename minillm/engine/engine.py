@@ -62,7 +62,7 @@ class Engine:
         self._live: dict[int, Generation] = {}
         self._seeds = random.Random(seed)
         self._num_added = 0
-        self._num_applied = self._num_computed = 0  # steps, and tokens in them
+        self.num_applied = self.num_computed = 0  # steps, and tokens in them
         self._failure: BaseException | None = None
         self._is_closed = False
 
@@ -230,9 +230,9 @@ class Engine:
         for seat in plan.seats:
             generation = self._live.get(seat.request)
             if generation is not None and generation.before is None:
-                generation.before = self._num_applied, self._num_computed
-        self._num_applied += 1
-        self._num_computed += plan.num_batched_tokens
+                generation.before = self.num_applied, self.num_computed
+        self.num_applied += 1
+        self.num_computed += plan.num_batched_tokens
 
     def _turn(self) -> tuple[Advance, bool]:
         """One turn of the loop that is due, and whether it drafted. To draft is to know every token first."""
@@ -253,7 +253,7 @@ class Engine:
                 timings.num_accepted_drafts += num_accepted
 
     def _note(self, generation: Generation, now: float) -> None:
-        generation.note(now, self._num_applied, self._num_computed)
+        generation.note(now, self.num_applied, self.num_computed)
         waiting, generation.waiting = generation.waiting, []
         for sibling in waiting:  # the prompt is computed
             if sibling.finish_reason is None:

@@ -39,6 +39,8 @@ def habit_errors(tree: ast.Module, module: str) -> list[str]:
     if module not in MAY_READ_PROCESS_INPUTS:
         errors += [f"{name}: only cli reads it" for name in PROCESS_INPUTS if name in used]
     for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "shell":
+            errors.append(f"line {node.value.lineno}: a shell reads what it is given as code")
         if isinstance(node, ast.Global):
             errors.append(f"line {node.lineno}: module-level mutable state")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith(("get_", "set_")):
@@ -60,6 +62,7 @@ def test_habits(path: Path) -> None:
     [
         "eval('1')",
         "import pickle",
+        "subprocess.run('x', shell=True)",
         "from pickle import loads",
         "torch.load(path)",
         "os.environ['X']",
