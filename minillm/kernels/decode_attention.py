@@ -15,13 +15,13 @@ Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats
 P block size, G most segments of a row.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 # (Triton functions have no types that Python knows)
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,12 +31,34 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minillm.kernels.attention import LOG2_E, num_multiprocessors, read_pages, read_tile
 
-__all__ = ["MIN_SEGMENT", "choose_shares", "decode_attention", "max_segments"]
+__all__ = [
+    "Parts",
+    "can_overlap",
+    "choose_shares",
+    "decode_attention",
+    "max_segments",
+    "merge_parts",
+    "segment_constants",
+]
 
 MIN_SEGMENT = 128
 """Keys of a segment, if the row needs no larger ones. Smaller: more programs for one short row, more to merge."""
 MAX_SORTED_ROWS = 128
 """Most rows whose order by length is worth finding: of more, the hardware's own balancing leaves no gap."""
+
+
+class Parts(NamedTuple):
+    """Partial results of segments, float32: weighted sums of values, and of the weights their top score and sum."""
+
+    acc_RNGH: Tensor
+    top_RNG: Tensor
+    total_RNG: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], device: torch.device) -> Parts:
+        """Memory for (rows, heads, most segments of a row, head size)."""
+        acc_RNGH = torch.empty(shape, dtype=torch.float32, device=device)
+        return cls(acc_RNGH, *(torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2)))
 
 
 @triton.jit
@@ -159,13 +181,17 @@ def decode_kernel(
 def merge_kernel(
     acc_ptr, top_ptr, total_ptr, out_ptr, query_starts_ptr, context_lens_ptr,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, TILE_KEYS: tl.constexpr,
-    MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, NUM_NEW: tl.constexpr, BATCH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, heads): fold the partial results of a row's segments in their order."""
+    """Grid (rows, heads): fold the partial results of a row's segments in their order, behind that of NUM_NEW new keys
+    (0 or 1) which are in no segment."""
+    if OVERLAPS:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     if tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) != 1:
         return
-    num_keys = tl.load(context_lens_ptr + row)
+    num_keys = tl.load(context_lens_ptr + row) - NUM_NEW
     head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) + tl.arange(0, 1)
     dims = tl.arange(0, PADDED_HEAD)
     sum_acc = tl.zeros([PADDED_HEAD, 1], tl.float32)
@@ -173,12 +199,20 @@ def merge_kernel(
     sum_total = tl.zeros([1], tl.float32)
     if OVERLAPS:
         gdc_wait()
-    num_segments = tl.cdiv(num_keys, segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS))
-    for segment in tl.range(0, num_segments, loop_unroll_factor=8):
-        part = head * MAX_SEGMENTS + segment
-        acc = tl.load(acc_ptr + part[None, :] * HEAD_SIZE + dims[:, None], mask=dims[:, None] < HEAD_SIZE, other=0.0)
-        sum_acc, sum_top, sum_total = fold(
-            sum_acc, sum_top, sum_total, acc, tl.load(top_ptr + part), tl.load(total_ptr + part))  # fmt: skip
+    num_parts = NUM_NEW + tl.cdiv(num_keys, segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS))
+    for first in tl.range(0, num_parts, BATCH, num_stages=1):
+        accs = ()
+        tops = ()
+        totals = ()
+        for i in tl.static_range(BATCH):  # all asked for before the first is used
+            index = first + i + tl.arange(0, 1)
+            part, is_part = head * (MAX_SEGMENTS + NUM_NEW) + index, index < num_parts
+            is_dim = (dims[:, None] < HEAD_SIZE) & is_part[None, :]
+            accs = accs + (tl.load(acc_ptr + part[None, :] * HEAD_SIZE + dims[:, None], mask=is_dim, other=0.0),)
+            tops = tops + (tl.load(top_ptr + part, mask=is_part, other=float("-inf")),)
+            totals = totals + (tl.load(total_ptr + part, mask=is_part, other=0.0),)
+        for i in tl.static_range(BATCH):
+            sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, accs[i], tops[i], totals[i])
     out = (sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + head[None, :] * HEAD_SIZE + dims[:, None], out, mask=dims[:, None] < HEAD_SIZE)
 
@@ -200,6 +234,16 @@ def choose_shares(num_programs: int, num_multiprocessors: int) -> int:
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel can start while the one before it ends: programmatic dependent launch, Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def segment_constants(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the kernels that share a row must agree on."""
+    padded_head = max(16, triton.next_power_of_2(head_size))
+    return {
+        "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
+        "TILE_KEYS": max(16, min(128, (8192 if dtype.itemsize == 2 else 2048) // padded_head)),
+        "MIN_SEGMENT": MIN_SEGMENT, "MAX_SEGMENTS": max_segments(num_kv_heads),
+    }  # fmt: skip
 
 
 def decode_attention(
@@ -225,32 +269,39 @@ def decode_attention(
     _, num_heads, head_size = q_TNH.shape
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
     is_half = q_TNH.element_size() == 2
-    padded_head = max(16, triton.next_power_of_2(head_size))
-    most = max_segments(num_kv_heads)
+    constants = segment_constants(num_heads, num_kv_heads, head_size, q_TNH.dtype)
+    most = constants["MAX_SEGMENTS"]
     if shares is None:
         shares = choose_shares(num_decodes * num_kv_heads, num_multiprocessors(device))
     shares = min(shares, most, triton.cdiv(max_context_len, MIN_SEGMENT))
     is_shared, is_sorted = shares > 1, shares == 1 and num_decodes <= MAX_SORTED_ROWS
-    overlaps = is_shared and can_overlap(device)
-    acc = top = total = out_TNH  # where no row is shared there are no partial results
+    parts = Parts(out_TNH, out_TNH, out_TNH)  # where no row is shared there are no partial results
     if is_shared:
-        parts = (num_decodes, num_heads, most)
-        acc = torch.empty((*parts, head_size), dtype=torch.float32, device=device)
-        top, total = (torch.empty(parts, dtype=torch.float32, device=device) for _ in range(2))
-    common: dict[str, Any] = {
-        "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
-        "TILE_KEYS": max(16, min(128, (8192 if is_half else 2048) // padded_head)),
-        "MIN_SEGMENT": MIN_SEGMENT, "MAX_SEGMENTS": most, "OVERLAPS": overlaps,
-    }  # fmt: skip
+        parts = Parts.empty((num_decodes, num_heads, most, head_size), device)
     decode_kernel[(num_kv_heads, shares, num_decodes)](
-        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, acc, top, total, block_tables_SM, rows_R,
-        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, **common,
+        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, *parts, block_tables_SM, rows_R,
+        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, **constants,
         NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_sorted else 16, BLOCK_SIZE=block_size,
-        STAGES=3 if is_half else 2, IS_SHARED=is_shared, IS_SORTED=is_sorted, num_warps=4 if is_half else 8,
+        STAGES=3 if is_half else 2, IS_SHARED=is_shared, IS_SORTED=is_sorted,
+        OVERLAPS=is_shared and can_overlap(device), num_warps=4 if is_half else 8,
     )  # fmt: skip
     if is_shared:
-        merge_kernel[(num_decodes, num_heads)](
-            acc, top, total, out_TNH, query_starts_R1, context_lens_R, **common, num_warps=1,
-            **({"launch_pdl": True} if overlaps else {}),
-        )  # fmt: skip
+        merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants)
+
+
+def merge_parts(
+    parts: Parts,
+    out_TNH: Tensor,
+    query_starts_R1: Tensor,
+    context_lens_R: Tensor,
+    constants: dict[str, int],
+    num_new: int = 0,
+) -> None:
+    """The sum of each row's parts into `out_TNH`, for rows of one token; the first `num_new` hold new keys."""
+    overlaps = can_overlap(out_TNH.device)
+    num_rows, num_heads = parts.top_RNG.shape[:2]
+    merge_kernel[(num_rows, num_heads)](
+        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, BATCH=8, OVERLAPS=overlaps,
+        num_warps=1, **({"launch_pdl": True} if overlaps else {}),
+    )  # fmt: skip
