@@ -2,7 +2,8 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, decode_attention, edits, fused, sampling, step_inputs behind it)
+    gpu        Triton (attention, hopper_attention, decode_attention, edits, fused, sampling, step_inputs behind it; for
+               steps of a few rows skinny and fused_decode)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -33,6 +34,15 @@ O output features, E entries of a rotary table = positions, K edited rows, D dra
         `prepared`, which must come from the same arguments.
     edit_scores(scores_KV, *, seats_K, counts_SV, drafts_KD, penalties_K3, mask_KW) -> None
         penalties for tokens seen before, and a mask of what is allowed, on fp32 logits in place.
+    max_fused_rows(*, hidden_size, inner_sizes, head_size, dtype, device) -> int
+        only where a set has it: most rows of a step that the four below take, 0 for none. Each row has one token, row r
+        token r. They give what the functions above give one after the other, rounded less often.
+    norm_linear(x_TD, norm_D, eps, weight_OD, bias_O | None) -> y_TO           linear(rms_norm(x))
+    norm_gated_linear(x_TD, norm_D, eps, weight_2FD, bias_2F | None) -> y_TF   silu_mul(linear(rms_norm(x)))
+    add_linear(residual_TO, x_TD, weight_OD, bias_O | None) -> None            residual += linear(x) in place
+    fused_decode(qkv_TC, *, cos_sin_EH, slots_T, kv_2BKPH, q_norm_H, k_norm_H, eps, num_heads, block_tables_SM, rows_R,
+                 query_starts_R1, context_lens_R, scale, max_context_len) -> o_TNH
+        rotary_and_store, then attention.
     sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
         -> tokens_L (int32), is_finite_L (bool)
         greedy where temperature is 0; else Gumbel-max with noise keyed by (seed, position, token id).

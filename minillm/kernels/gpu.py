@@ -21,13 +21,20 @@ from minillm.kernels import fused, reference
 from minillm.kernels.attention import paged_attention
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.edits import edit_scores
+from minillm.kernels.fused_decode import fused_decode
 from minillm.kernels.sampling import sample
+from minillm.kernels.skinny import add_linear, max_fused_rows, norm_gated_linear, norm_linear
 
 __all__ = [
+    "add_linear",
     "add_rms_norm",
     "attention",
     "edit_scores",
+    "fused_decode",
     "linear",
+    "max_fused_rows",
+    "norm_gated_linear",
+    "norm_linear",
     "rms_norm",
     "rotary_and_store",
     "sample",
