@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("minillm/core", "minillm/types.py", "minillm/errors.py", "tests/core")
+COPIED = ("minillm/core", "minillm/types.py", "minillm/checks.py", "minillm/errors.py", "tests/core")
 # No plugins, settings or conftest of the whole suite: they load libraries that the core does without.
 SUITE = (
     "-m",
