@@ -64,6 +64,7 @@ def test_waiting_in_line_behind_one_that_waits_for_a_row() -> None:
     run(engine)
     behind = account_of(engine, 3)["behind"]
     assert behind == [{"reason": "rows", "first_step": 0, "last_step": 5, "requests": [2, 1]}]
+    assert account_of(engine, 2)["behind"] == [{"reason": "rows", "first_step": 0, "last_step": 2, "requests": [1]}]
     assert account_of(engine, 3)["waits"]["rows"]["steps"] == 6
     assert account_of(engine, 2)["waits"]["rows"]["steps"] == 3
     assert set(account_of(engine, 1)["waits"]) == {"step"}
@@ -138,7 +139,12 @@ def test_a_preemption_is_told() -> None:
     account = account_of(engine, 2)
     assert len(account["preempted_in_steps"]) == engine.scheduler.num_preemptions >= 1
     assert len(account["seated_in_steps"]) == 1 + len(account["preempted_in_steps"])
-    assert account["waits"]["blocks"]["steps"] > 0
+    planned = {record.plan.step: record.planned for record in engine.timeline.last_steps()}
+    absences = list(zip(account["preempted_in_steps"], account["seated_in_steps"][1:], strict=True))
+    without_row = [planned[back] - planned[lost] for lost, back in absences]
+    assert account["seconds"]["queue"] == pytest.approx(sum(without_row))
+    assert account["waits"]["blocks"]["seconds"] == pytest.approx(sum(without_row))
+    assert account["waits"]["blocks"]["steps"] == sum(back - lost for lost, back in absences)
     assert account["worst_gaps"][0]["was_preempted"]
     assert any("lost its KV blocks" in words for words in account["words"])
     assert account_of(engine, 1)["preempted_in_steps"] == []
