@@ -36,7 +36,7 @@ class AsyncLimits:
     max_waiting: int = 1024
     """Most requests that wait for their first token."""
     max_per_user: int = 512
-    """Most unfinished requests of one user."""
+    """Most unfinished requests of one user; those that name none are not counted together."""
     stall_seconds: float = 120.0
     """Without progress for this long while there is work, the engine counts as stuck."""
 
@@ -143,7 +143,7 @@ class AsyncEngine:
             raise BusyError(
                 f"{len(self._waiting)} requests wait already, of at most {self.limits.max_waiting}", self.predicted_wait
             )
-        if self.num_of_user[user] + num > self.limits.max_per_user:
+        if user and self.num_of_user[user] + num > self.limits.max_per_user:
             raise BusyError(
                 f"{self.num_of_user[user]} requests of this user are unfinished, of at most "
                 f"{self.limits.max_per_user} for each",

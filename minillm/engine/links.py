@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import sys
 import threading
@@ -17,6 +18,9 @@ from minillm.engine.info import EngineInfo
 from minillm.engine.messages import Load, Report
 
 __all__ = ["Link", "ThreadLink"]
+
+LOG = logging.getLogger(__name__)
+JOIN_SECONDS = 10.0
 
 
 class Link(Protocol):
@@ -43,6 +47,7 @@ class ThreadLink:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._reports: deque[Report] = deque()
         self._driver: EngineDriver | None = None
+        self._is_over = False
         self._thread: threading.Thread | None = None
 
     async def open(self, deliver: Callable[[Report], None]) -> EngineInfo:
@@ -68,10 +73,12 @@ class ThreadLink:
         return state + "\n" + "".join(traceback.format_stack(frame))
 
     async def close(self) -> None:
-        """End the engine."""
+        """End the engine; one that is stuck is left behind."""
         self._commands.put(None)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+            if self._thread.is_alive():
+                LOG.error("the engine did not end within %g s and is left behind", JOIN_SECONDS)
             self._flush()
 
     def _run(self, started: asyncio.Future[EngineInfo]) -> None:
@@ -91,13 +98,13 @@ class ThreadLink:
         """All commands that have come, at least one if it may wait; None after the last."""
         commands: list[Command] = []
         with suppress(queue.Empty):
-            while True:
-                command = self._commands.get(block=may_wait)
+            while not self._is_over:
+                command = self._commands.get(block=may_wait and not commands)
                 if command is None:
-                    return None
-                commands.append(command)
-                may_wait = False
-        return commands
+                    self._is_over = True
+                else:
+                    commands.append(command)
+        return None if self._is_over and not commands else commands
 
     def _post(self, report: Report) -> None:
         """Append a report; the loop is woken only if it has none yet, so that one that lags takes several at once."""

@@ -27,7 +27,6 @@ from minillm.server.spans import open_spans
 __all__ = ["ApiServer", "open_service", "serve"]
 
 LOG = logging.getLogger(__name__)
-CLOSE_SECONDS = 10.0
 
 
 def serve(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequence[str]) -> None:
@@ -52,7 +51,7 @@ async def run(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequ
     try:
         await server.serve(sockets=[listener])
     finally:
-        await close(service.engine)
+        await service.engine.close()
         if spans is not None:
             await asyncio.to_thread(spans.close)
 
@@ -79,15 +78,6 @@ def link_to(model: str, engine: EngineConfig, config: ServerConfig) -> Link:
         return launch_driver(model, engine)
 
     return ThreadLink(start)
-
-
-async def close(engine: AsyncEngine) -> None:
-    """End the engine, but do not wait for one that is stuck."""
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await engine.close()
-    except TimeoutError:
-        LOG.error("the engine did not end within %.0f s and is left behind", CLOSE_SECONDS)
 
 
 def listen(host: str, port: int) -> socket.socket:

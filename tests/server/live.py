@@ -12,7 +12,7 @@ import httpx
 
 from minillm.config import EngineConfig
 from minillm.server.config import ServerConfig
-from minillm.server.run import ApiServer, close, listen, open_service
+from minillm.server.run import ApiServer, listen, open_service
 
 Answer = TypeVar("Answer")
 TINY = "random:tiny-llama"
@@ -57,6 +57,10 @@ class Live:
         state: dict[str, Any] = self.run(self.engine.ask("dump"))
         return state
 
+    def num_aborted(self) -> int:
+        """Requests that reached the engine and were aborted, so far."""
+        return int(self.run(self.engine.ask("figures"))["ended"]["abort"])
+
     def wait_idle(self) -> None:
         """Return when no request is left and no step is in flight; fail if blocks are still in use."""
         self.run(asyncio.wait_for(self._idle(), SECONDS))
@@ -76,7 +80,7 @@ class Live:
             self.server.should_exit = True
             self.engine.abort_all()
             await asyncio.wrap_future(self._serving)
-            await close(self.engine)
+            await self.engine.close()
 
         self.run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)

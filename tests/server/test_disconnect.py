@@ -71,8 +71,10 @@ def test_while_it_decodes(live: Live, path: str, body: dict[str, Any], is_stream
     num = body.get("n", 1) * (len(body["prompt"]) if body.get("prompt") == [[5], [6]] else 1)
     connection = connect(live, path, body | LONG | {"stream": is_streamed})
     wait_until(live, lambda state: sum(map(is_decoding, state["requests"])) == num)
+    num_aborted = live.num_aborted()
     connection.close()
     live.wait_idle()
+    assert live.num_aborted() == num_aborted + num
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -80,8 +82,10 @@ def test_in_the_middle_of_its_prompt(live: Live, is_streamed: bool) -> None:
     prompt = [i * 7 % 500 for i in range(1900)]
     connection = connect(live, "/v1/completions", {"prompt": prompt, "max_tokens": 9, "stream": is_streamed})
     wait_until(live, lambda state: any(map(is_in_prompt, state["requests"])))
+    num_aborted = live.num_aborted()
     connection.close()
     live.wait_idle()
+    assert live.num_aborted() == num_aborted + 1
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
