@@ -128,6 +128,30 @@ class DecoderLayer(nn.Module):
         y_TD: Tensor = self.feed_forward(x_TD)
         return y_TD
 
+    def forward_fused(self, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> None:
+        """`forward` for a few rows of one token, by the kernel set's fused products: adds all to `residual_TD`."""
+        ops, attention, feed_forward = self.ops, self.attention, self.feed_forward
+        qkv, out, gate_up, down = attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down
+        o_TNH = ops.fused_decode(
+            ops.norm_linear(residual_TD, self.input_norm.weight, self.eps, qkv.weight, qkv.bias),
+            cos_sin_EH=cos_sin_EH,
+            slots_T=batch.slots_T,
+            kv_2BKPH=kv_2BKPH,
+            q_norm_H=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm_H=None if attention.k_norm is None else attention.k_norm.weight,
+            eps=self.eps,
+            num_heads=attention.num_heads,
+            block_tables_SM=batch.block_tables_SM,
+            rows_R=batch.rows_R,
+            query_starts_R1=batch.query_starts_R1,
+            context_lens_R=batch.context_lens_R,
+            scale=attention.scale,
+            max_context_len=batch.max_context_len,
+        )
+        ops.add_linear(residual_TD, o_TNH.flatten(1), out.weight, out.bias)
+        y_TF = ops.norm_gated_linear(residual_TD, self.post_norm.weight, self.eps, gate_up.weight, gate_up.bias)
+        ops.add_linear(residual_TD, y_TF, down.weight, down.bias)
+
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target)."""
         yield from self.input_norm.targets(f"{prefix}input_layernorm")

@@ -51,6 +51,7 @@ class Transformer(nn.Module):
         self.head = VocabHead(build, self.embedding, is_tied=config.tie_word_embeddings)
         num_positions = config.max_position if max_positions is None else max_positions
         self.register_buffer("cos_sin_EH", rotary_table(config, num_positions, build.device), persistent=False)
+        self.max_fused_rows = max_fused_rows(config, build)
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters())
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, rows_L: Tensor) -> Tensor:
@@ -64,12 +65,23 @@ class Transformer(nn.Module):
     def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """All layers: x_TD, still to be added to residual_TD. Writes the tokens' keys and values."""
         residual_TD = self.embedding(batch.input_ids_T)
+        if self._is_fused(batch):
+            for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
+                assert isinstance(layer, DecoderLayer)
+                layer.forward_fused(residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
+            return torch.zeros_like(residual_TD), residual_TD
         x_TD = None
         batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
         return x_TD, residual_TD
+
+    def _is_fused(self, batch: ForwardBatch) -> bool:
+        """Whether the step is a few rows of one token each, in order, and the kernel set fuses such."""
+        num_tokens = batch.input_ids_T.shape[0]
+        is_decode = batch.max_query_len == 1 and num_tokens == batch.num_decodes == batch.rows_R.shape[0]
+        return is_decode and num_tokens <= self.max_fused_rows and batch.attention is None
 
     def _with_shared(self, batch: ForwardBatch, kv_2BKPH: Tensor) -> ForwardBatch:
         """The batch with what its layers share, if the kernel set computes such once per step."""
@@ -113,3 +125,17 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (Linear, VocabHead)):
                 module.finish_loading()
+
+
+def max_fused_rows(config: ModelConfig, build: Build) -> int:
+    """Most rows of a step whose layers the kernel set fuses; 0 if it has no such kernels or ranks share the work."""
+    if build.tp.size > 1 or not hasattr(build.ops, "fused_decode"):
+        return 0
+    num_rows: int = build.ops.max_fused_rows(
+        hidden_size=config.hidden_size,
+        inner_sizes=(config.num_heads * config.head_size, config.intermediate_size),
+        head_size=config.head_size,
+        dtype=build.dtype,
+        device=build.device,
+    )
+    return num_rows

@@ -1,0 +1,52 @@
+"""Steps of a few rows through a kernel set's fused layers, against transformers: every family, in the interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minillm.kernels import gpu
+from minillm.model.layers import DecoderLayer
+from minillm.model.parallel import TPGroup
+from minillm.model.sources import load_config, load_weights, resolve
+from minillm.model.transformer import Transformer
+from tests.model.paged import PagedRun
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter on a CPU")
+
+
+def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, oracle = tiny_checkpoint
+    files = resolve(str(folder))
+    model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
+    load_weights(model, files)
+    assert model.max_fused_rows == 0
+    model.max_fused_rows = 2  # float32, where every difference shows
+    calls = []
+    forward = DecoderLayer.forward_fused
+    monkeypatch.setattr(
+        DecoderLayer, "forward_fused", lambda self, *args: calls.append(len(args[0])) or forward(self, *args)
+    )
+    generator = torch.Generator().manual_seed(1)
+    # Rows of a chunk are no decodes, and three rows are too many; the two steps between are fused.
+    steps = [(17, 2, 1), (1, 1, 0), (0, 1, 0), (1, 1, 1)]
+    lengths = [sum(column) for column in zip(*steps, strict=True)]
+    sequences = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    for sequence, logits in zip(sequences, PagedRun(model, sequences).run(steps), strict=True):
+        with torch.no_grad():
+            expected = oracle(torch.tensor([sequence])).logits[0]
+        assert expected.abs().max() > 1
+        assert (logits - expected).abs().max() <= 1e-4
+    num_layers = model.config.num_layers
+    assert calls == [2] * num_layers + [1] * num_layers
+
+
+def test_ranks_that_share_the_work_fuse_nothing(tiny_checkpoint: tuple[Path, Any]) -> None:
+    config = load_config(resolve(str(tiny_checkpoint[0])))
+    for num_ranks, num_rows in ((1, 8), (2, 0)):
+        if config.num_kv_heads % num_ranks == 0:
+            tp = TPGroup(size=num_ranks)
+            assert Transformer(config, ops=gpu, dtype=torch.float16, device="cpu", tp=tp).max_fused_rows == num_rows
