@@ -53,7 +53,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         ),
     ),
     "full-prompt hit": (
-        Edit("kv_manager.py", "self.block_size, len(request.tokens) - 1", "self.block_size, len(request.tokens)"),
+        Edit("kv_manager.py", "is_scored else len(request.tokens) - 1", "is_scored else len(request.tokens)"),
     ),
     "missing rollback": (
         Edit(
@@ -117,7 +117,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "fork of what is not computed yet": (Edit("kv_manager.py", " and parent.first_step < step", ""),),
     "fork shares planned positions": (Edit("kv_manager.py", "min(max_shared, parent.num_computed)", "max_shared"),),
     "readmitted in the step that preempted": (
-        Edit("scheduler.py", "is_short = bool(running.preempted)", "is_short = False"),
+        Edit("scheduler.py", "is_short = self._requeue()", "is_short = self._requeue() and False"),
     ),
     "not the largest rank preempted": (Edit("running.py", "last = max(", "last = min("),),
     "overtaken without end": (Edit("queue.py", "self._requests[0].num_overtaken += 1", "pass"),),
