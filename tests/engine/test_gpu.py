@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from minillm import LLM, SamplingParams
+from minillm import LLM, BeamSearchParams, SamplingParams
+from minillm.decoding.controller import Fixed
 from tests.engine.checkpoints import write_word_tokenizer
 from tests.engine.forward import forward_logits
 
@@ -67,6 +68,8 @@ def test_bf16_is_bit_equal_with_graphs_and_overlap_on_or_off(model: str) -> None
         {"enable_prefix_caching": True},
         {"enforce_eager": True, "overlap": False},
         {"num_kv_blocks": 45},
+        {"speculative": "ngram"},
+        {"speculative": "random:tiny-llama", "num_drafts": 3},
     ],
 )
 def test_fp32_does_not_depend_on_how_it_runs(options: dict[str, Any]) -> None:
@@ -152,3 +155,30 @@ def test_outputs_match_their_schemas(enforce_eager: bool) -> None:
 
     with LLM("smollm2", device="cuda", max_model_len=512, max_num_seqs=40, enforce_eager=enforce_eager) as llm:
         check_schemas(llm, 4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fp32_searches_do_not_depend_on_their_neighbours(overlap: bool) -> None:
+    search = BeamSearchParams(beam_width=4, max_tokens=20)
+    with LLM("random:tiny-llama", **(BASE | {"dtype": "float32", "overlap": overlap})) as llm:
+        alone = [[s.token_ids for s in llm.beam_search([p], search)[0].sequences] for p in prompts(5)]
+        expected = [out.token_ids for out in llm.generate(prompts(9, seed=1), params(9))]
+        runs = [llm.engine.add_beams(prompt, search) for prompt in prompts(5)]
+        others = [llm.engine.add(p, each) for p, each in zip(prompts(9, seed=1), params(9), strict=True)]
+        while llm.engine.has_work:
+            llm.engine.step()
+    assert [[list(f.tokens) for f in run.search.hypotheses.finished] for run in runs] == alone
+    assert [generation.take_new_tokens() for generation in others] == expected
+
+
+def test_fp32_drafts_that_always_hold() -> None:
+    """Every shape of a drafting step: a model that drafts for itself, from one row to all of them."""
+    options = BASE | {"dtype": "float32", "speculative": "random:tiny-llama", "num_drafts": 4}
+    with LLM("random:tiny-llama", **(BASE | {"dtype": "float32"})) as llm:
+        expected = [out.token_ids for out in llm.generate(prompts(9), params(9))]
+    with LLM("random:tiny-llama", **options) as llm:
+        assert llm.engine.speculator is not None
+        llm.engine.speculator.policy = Fixed(4)
+        outputs = llm.generate(prompts(9), params(9))
+    assert [out.token_ids for out in outputs] == expected
+    assert all((out.timings.acceptance_rate or 0.0) > 0.9 for out in outputs)

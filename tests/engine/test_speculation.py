@@ -107,6 +107,21 @@ def test_preemption_of_drafting_rows_does_not_matter(kind: str) -> None:
     assert [out.token_ids for out in outputs] == expected
 
 
+def test_penalties_count_the_drafts_before_each_position() -> None:
+    edits = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "min_tokens": 5}
+    params = [SamplingParams(**edits, temperature=t, seed=i, max_tokens=24) for i, t in enumerate((0.0, 0.9, 0.0))]  # type: ignore[arg-type]
+    batch = [[5, 6, 7], [8] * 20, list(range(5, 45))]
+    with LLM(MODEL, **BASE) as llm:
+        expected = [out.token_ids for out in llm.generate(batch, params)]
+    texts = [prompt + output for prompt, output in zip(batch, expected, strict=True)]
+    for chance in (0.0, 0.3):
+        with LLM(MODEL, **OPTIONS) as llm:
+            force(llm, Fixed(4), Foreseen(texts, chance))
+            outputs = llm.generate(batch, params)
+        assert [out.token_ids for out in outputs] == expected
+        assert all(out.timings.num_drafts > 0 for out in outputs)
+
+
 def test_counts_are_those_of_the_steps() -> None:
     """Foreseen drafts of 4, 12 tokens: one from the prompt's step, then 5, 5 and the last with none to draft."""
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
