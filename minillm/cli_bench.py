@@ -19,6 +19,11 @@ __all__ = ["bench"]
 bench = typer.Typer(help="Measure speed; each benchmark ends with one JSON line.", no_args_is_help=True)
 
 
+def spawn_peers() -> None:
+    """Have vLLM start its processes afresh: a fork cannot use CUDA once this process has looked for a GPU."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
 @bench.command("offline")
 @with_fields(EngineConfig, "config", enable_prefix_caching=False)
 def bench_offline(
@@ -45,6 +50,7 @@ def bench_offline(
     """
     from minillm.bench import offline
 
+    spawn_peers()
     prepare(model)
     offline.run(
         engines=engine or ["minillm"],
@@ -74,6 +80,7 @@ def bench_load(
     """Latencies under requests that arrive at random; the options below are minillm's, the seed also the arrivals'."""
     from minillm.bench import load
 
+    spawn_peers()
     prepare(model)
     load.run(
         engines=engine or ["minillm"],

@@ -164,7 +164,7 @@ def attention_case(
     works: list[Work] = [partial(work, kv_2BKPH=kv_2BKPH) for kv_2BKPH in kv_L2BKPH]
     peers = attention_peers(rows, q_TNH, shape.kv_heads, copies) if len(set(rows)) == 1 else {}
     if device.type == "cuda" and not is_decode and not one_launch:
-        peers["plain Triton"] = [partial(part, block_tokens=64) for part in works]
+        peers["plain Triton"] = [partial(work, kv_2BKPH=kv_2BKPH, block_tokens=64) for kv_2BKPH in kv_L2BKPH]
     return Case(
         name=name,
         works=works,

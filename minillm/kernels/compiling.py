@@ -52,6 +52,7 @@ def compiling_ahead(launch_all: Callable[[], object]) -> Iterator[None]:
     `launch_all` is called at once. Its launches do nothing but name what is to be compiled, and new tensors hold zeros
     where they would hold anything: a valid index, whatever kernel was to write it. All else in it runs as always.
     """
+    compilations()  # counts from here on
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
         with triton.AsyncCompileMode(threads):

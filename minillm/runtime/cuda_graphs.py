@@ -19,8 +19,9 @@ from torch import Tensor
 
 from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes
 
-STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2049, 256))
-"""Tokens that mixed steps are padded to."""
+STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 8193, 512))
+"""Tokens that mixed steps are padded to. The large ones are graphs too: a kernel of tensor descriptors takes longer to
+launch from Python than a layer of 8,192 tokens takes to run."""
 DRAFT_TOKENS = (8, 16, 32)
 """Sizes of small mixed steps, for engines that draft."""
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
@@ -66,7 +67,7 @@ class FinishGraph(NamedTuple):
 
 
 def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: bool = False) -> PaddedShapes:
-    """Rows of decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 on; tokens of mixed ones: up to 2,048.
+    """Rows of decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 on; tokens of mixed ones: up to 8,192.
 
     With `is_drafting` there are mixed steps of fewer tokens too: a row or two and their drafts.
 

@@ -163,7 +163,7 @@ class LogitEdits:
         self.profiles_SP[seats] = profiles.view(-1, self.profile.size)
         known_seats, positions, tokens = known.view(3, -1).long()
         self.history_SN[known_seats, positions] = tokens.int()
-        self.counts_SV[seats] = 0
+        self.counts_SV.index_fill_(0, seats.long(), 0)  # to assign a number would wait for the device
         flat, places = self.counts_SV.view(-1), known_seats * self.vocab_size + tokens
         flat.index_add_(0, places[num_prompt:], torch.full_like(tokens[num_prompt:], 2, dtype=torch.int32))
         flat[places[:num_prompt]] |= 1

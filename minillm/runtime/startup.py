@@ -54,7 +54,7 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=256,
     block_size=16,
     soft_cap=1024,
-    tile_steps=(*STEP_TOKENS, *range(2304, 8193, 256)),
+    tile_steps=STEP_TOKENS,
 )
 CPU_DEFAULTS = DeviceDefaults(max_num_batched_tokens=512, max_num_seqs=64, block_size=16, soft_cap=128, tile_steps=())
 
