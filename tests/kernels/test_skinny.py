@@ -25,7 +25,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 def check_as_near(ours: Tensor, twin: Tensor, exact: Tensor) -> None:
     """Rounded less often than the unfused twin in the same dtype, so no farther from the exact result; the last term is
-    for float32 sums in another order."""
+    for float32 sums in another order. Of some 250 results the ratio's own spread is 0.06."""
 
     def rms(x: Tensor) -> float:
         return float(x.double().square().mean().sqrt())
@@ -51,7 +51,8 @@ def operands(num_tokens: int, num_in: int, num_out: int, dtype: torch.dtype, dev
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_products(device, poisoned, monkeypatch, num_in, num_out, num_tokens, dtype) -> None:
     monkeypatch.setattr(skinny, "MANY_OUTPUTS", 40)  # so that programs have 8 outputs or 16
-    given = operands(num_tokens, num_in, num_out, dtype, device)
+    num_draws = -(-250 // (num_tokens * num_out))
+    draws = [operands(num_tokens, num_in, num_out, dtype, device) for _ in range(num_draws)]
     half = num_out // 2
 
     def normed_linear(x, norm, weight, bias, residual):
@@ -64,18 +65,27 @@ def test_products(device, poisoned, monkeypatch, num_in, num_out, num_tokens, dt
     def added(x, norm, weight, bias, residual):
         return residual + reference.linear(x, weight, bias)
 
-    x_TD, norm_D, weight_OD, full_O, residual_TO = given
-    for bias_O in (None, full_O):
-        given[3] = bias_O
-        exact = [None if t is None else t.double() for t in given]
-        ours_TO = gpu.norm_linear(x_TD, norm_D, 1e-3, weight_OD, bias_O)
-        check_as_near(ours_TO, normed_linear(*given), normed_linear(*exact))
-        short_O = None if bias_O is None else bias_O[: 2 * half]
-        ours_TF = gpu.norm_gated_linear(x_TD, norm_D, 1e-3, weight_OD[: 2 * half], short_O)
-        check_as_near(ours_TF, gated(*given), gated(*exact))
-        sum_TO = residual_TO.clone()
-        gpu.add_linear(sum_TO, x_TD, weight_OD, bias_O)
-        check_as_near(sum_TO, added(*given), added(*exact))
+    def fused_linear(x, norm, weight, bias, residual):
+        return gpu.norm_linear(x, norm, 1e-3, weight, bias)
+
+    def fused_gated(x, norm, weight, bias, residual):
+        bias = bias if bias is None else bias[: 2 * half]
+        return gpu.norm_gated_linear(x, norm, 1e-3, weight[: 2 * half], bias)
+
+    def fused_added(x, norm, weight, bias, residual):
+        total = residual.clone()
+        gpu.add_linear(total, x, weight, bias)
+        return total
+
+    for has_bias in (False, True):
+        given = [[t if i != 3 or has_bias else None for i, t in enumerate(draw)] for draw in draws]
+        exact = [[None if t is None else t.double() for t in draw] for draw in given]
+        for ours, twin in ((fused_linear, normed_linear), (fused_gated, gated), (fused_added, added)):
+            check_as_near(
+                torch.cat([ours(*draw) for draw in given]),
+                torch.cat([twin(*draw) for draw in given]),
+                torch.cat([twin(*draw) for draw in exact]),
+            )
 
 
 def test_silu_of_large_values_is_finite(device) -> None:
