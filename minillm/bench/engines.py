@@ -118,6 +118,7 @@ class TransformersEngine:
                     "Give --input-len and --output-len, or take a cpu- workload"
                 )
         self._transformers = transformers
+        self._memory_share = job.engine_config.gpu_memory_utilization
         self._model = load_in_transformers(transformers, job, self.dtype)
         self._stack = ExitStack()
         self._manager: Any = None
@@ -139,13 +140,16 @@ class TransformersEngine:
     def _start_batching(self, workload: Workload) -> Any:
         """Start continuous batching as `generate_batch` does, but once for all runs."""
         batching = importlib.import_module("transformers.generation.continuous_batching.utils")
+        configs = importlib.import_module("transformers.generation.configuration_utils")
         hints = batching.WorkloadHints(
             max_prompt_length=max(map(len, workload.prompts)),
             max_generated_length=max(workload.max_tokens),
             num_requests=len(workload.prompts),
         )
         batches = self._model.continuous_batching_context_manager(
-            generation_config=self._generation_config, workload_hints=hints
+            generation_config=self._generation_config,
+            continuous_batching_config=configs.ContinuousBatchingConfig(max_memory_percent=self._memory_share),
+            workload_hints=hints,
         )
         return self._stack.enter_context(batches)
 

@@ -140,7 +140,7 @@ def test_transformers_batches_continuously(monkeypatch: pytest.MonkeyPatch) -> N
         model=model,
         files=files,
         model_config=load_config(files),
-        engine_config=EngineConfig(),
+        engine_config=EngineConfig(gpu_memory_utilization=0.1),
         workloads=[Workload("nano", [[5, 6, 7], [8] * 20, [3] * 9], [5, 9, 3], 0.0)],
         device=torch.device("cpu"),
     )
