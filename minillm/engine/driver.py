@@ -208,6 +208,7 @@ class EngineDriver:
                 arrival=submission.arrival,
                 salt=submission.salt,
                 is_streamed=submission.is_streamed,
+                is_checked=True,  # by `submit`
             )
         except Exception as error:
             LOG.exception("a request could not be started")
