@@ -55,7 +55,7 @@ class TokenStream:
         """Whether its deadline ended it."""
         self.timer: asyncio.TimerHandle | None = None
         self._new: list[int] = []
-        self._changed = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -63,10 +63,10 @@ class TokenStream:
         return self.ending is not None and not self._new
 
     async def take(self) -> list[int]:
-        """New tokens, waiting for them; none only at the end."""
+        """New tokens, waiting for them; none only at the end. One reader at a time."""
         while not self._new and self.ending is None:
-            self._changed.clear()
-            await self._changed.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         tokens, self._new = self._new, []
         return tokens
 
@@ -74,14 +74,18 @@ class TokenStream:
         """The engine's side: tokens came."""
         self._new.extend(tokens)
         self.num_tokens += len(tokens)
-        self._changed.set()
+        self._wake()
 
     def end(self, ending: Ending) -> None:
         """The engine's side: that was all."""
         self.ending = ending
         if self.timer is not None:
             self.timer.cancel()
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class AsyncEngine:

@@ -43,7 +43,8 @@ def chat_router(service: Service) -> APIRouter:
         headers = {"X-Request-Id": request_id}
         readers = [reader_of(body, tools) for _ in choices]
         if body.stream:
-            return EventStream(events(body, service, choices, readers, head), headers=headers)
+            head |= {"object": "chat.completion.chunk"}
+            return EventStream(events(body, service, choices, readers), head=head, headers=headers)
         await while_connected(request, finish_all(choices))
         entries = [
             entry_of(choice, reader) | {"logprobs": logprobs_of(body, service, choice.scores)}
@@ -129,10 +130,8 @@ async def events(
     service: Service,
     choices: Sequence[Choice],
     readers: Sequence[ToolReader | None],
-    head: dict[str, Any],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The stream's objects; all is ended if the reader goes away."""
-    head = head | {"object": "chat.completion.chunk"}
+    """The stream's objects without what all have in common; all is ended if the reader goes away."""
     begun: set[int] = set()
     try:
         async for piece in merged(choices):
@@ -145,9 +144,9 @@ async def events(
             reason = reason_of(choice, delta.get("tool_calls", ()))
             logprobs = logprobs_of(body, service, choice.scores[-len(piece.token_ids) :] if piece.token_ids else ())
             entry = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            chunk = head | {"choices": [entry]}
+            chunk = {"choices": [entry]}
             yield with_timings(chunk, [choice]) if is_last else chunk
         if body.wants_usage:
-            yield with_timings(head | {"choices": [], "usage": usage_of(choices)}, choices)
+            yield with_timings({"choices": [], "usage": usage_of(choices)}, choices)
     finally:
         abort_all(choices)

@@ -45,7 +45,7 @@ def completions_router(service: Service) -> APIRouter:
         }
         headers = {"X-Request-Id": request_id}
         if body.stream:
-            return EventStream(events(body, service, choices, head), headers=headers)
+            return EventStream(events(body, service, choices), head=head, headers=headers)
         await while_connected(request, finish_all(choices))
         entries = [
             entry_of(body, service, choice, choice.whole, is_first=True) | {"timings": timings_of(choice.timings)}
@@ -90,9 +90,9 @@ def entry_of(
 
 
 async def events(
-    body: CompletionRequest, service: Service, choices: Sequence[Choice], head: dict[str, Any]
+    body: CompletionRequest, service: Service, choices: Sequence[Choice]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The stream's objects; all is ended if the reader goes away."""
+    """The stream's objects without what all have in common; all is ended if the reader goes away."""
     begun: set[int] = set()
     try:
         async for piece in merged(choices):
@@ -101,9 +101,9 @@ async def events(
             if not has_news and not piece.is_last:
                 continue
             begun.add(piece.index)
-            chunk = head | {"choices": [entry_of(body, service, choice, piece, is_first=is_first)]}
+            chunk = {"choices": [entry_of(body, service, choice, piece, is_first=is_first)]}
             yield with_timings(chunk, [choice]) if piece.is_last else chunk
         if body.wants_usage:
-            yield with_timings(head | {"choices": [], "usage": usage_of(choices)}, choices)
+            yield with_timings({"choices": [], "usage": usage_of(choices)}, choices)
     finally:
         abort_all(choices)

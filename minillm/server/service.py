@@ -59,24 +59,20 @@ class Choice:
     async def take(self) -> Piece:
         """The next piece. Raises ApiError if the request failed or timed out before its first token."""
         tokens = await self.stream.take()
-        texts, num_read = [], 0
-        for token in tokens:
-            num_read += 1
-            texts.append(self.reader.feed(token))
+        text = ""
+        for num_read, token in enumerate(tokens, start=1):
+            text += self.reader.feed(token)
             if self.reader.is_matched:
+                del tokens[num_read:]
+                await self._stop()
                 break
-        if self.reader.is_matched:
-            await self._stop()
         if self.stream.is_done:
             self.finish_reason = self._reason()
             if not self.reader.is_matched:
-                texts.append(self.reader.finish())
-        piece = Piece(
-            index=self.index, text="".join(texts), token_ids=tokens[:num_read], finish_reason=self.finish_reason
-        )
-        self.text += piece.text
-        self.token_ids += piece.token_ids
-        return piece
+                text += self.reader.finish()
+        self.text += text
+        self.token_ids += tokens
+        return Piece(index=self.index, text=text, token_ids=tokens, finish_reason=self.finish_reason)
 
     async def finish(self) -> None:
         """Take all there is."""

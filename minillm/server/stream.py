@@ -17,6 +17,7 @@ __all__ = ["EventStream", "while_connected"]
 
 Answer = TypeVar("Answer")
 DONE = "[DONE]"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -54,17 +55,22 @@ def event(data: str, name: str | None = None) -> bytes:
 
 class EventStream(Response):
     """A stream of JSON objects as events. Its headers go out with the first one, so that what fails before it has a
-    status of its own; what fails later is an event with an error."""
+    status of its own; what fails later is an event with an error.
+
+    Each token of each stream comes this way: what all events have in common is encoded once."""
 
     def __init__(
         self,
         source: AsyncGenerator[dict[str, Any], None],
         *,
+        head: dict[str, Any] | None = None,
         is_named: bool = False,
         headers: dict[str, str] | None = None,
     ) -> None:
-        """`is_named`: events carry their object's `type` as name, and none says that the stream is done."""
+        """`head`: fields that every object begins with, before those that the source gives. `is_named`: events carry
+        their object's `type` as name, and none says that the stream is done."""
         super().__init__()
+        self._common = ENCODER.encode(head)[:-1] + "," if head else "{"
         self._source, self._is_named = source, is_named
         self._head = [*HEADERS, *((k.encode(), v.encode()) for k, v in (headers or {}).items())]
 
@@ -87,7 +93,8 @@ class EventStream(Response):
                 if not has_started:
                     await send({"type": "http.response.start", "status": 200, "headers": self._head})
                     has_started = True
-                await self._send(send, value)
+                data = self._common + ENCODER.encode(value)[1:]
+                await self._send_event(send, data, value["type"] if self._is_named else None)
         except (asyncio.CancelledError, OSError):
             raise
         except Exception as error:
@@ -95,12 +102,12 @@ class EventStream(Response):
             if not has_started:
                 return await response(scope, receive, send)
             message = json.loads(bytes(response.body))["error"]["message"]
-            await self._send(send, {"type": "error", **error_body(response.status_code, message)})
+            failure = {"type": "error", **error_body(response.status_code, message)}
+            await self._send_event(send, ENCODER.encode(failure), "error")
         if not self._is_named:
-            await send({"type": "http.response.body", "body": event(DONE), "more_body": True})
+            await self._send_event(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, value: dict[str, Any]) -> None:
-        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        name = value.get("type") if self._is_named else None
-        await send({"type": "http.response.body", "body": event(data, name), "more_body": True})
+    async def _send_event(self, send: Send, data: str, name: str | None = None) -> None:
+        body = event(data, name if self._is_named else None)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
