@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from minillm.bench.gap_options import GapOptions
 from minillm.bench.serve_options import ServeOptions
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError
@@ -92,19 +93,44 @@ def bench_load(
     )
 
 
+KeyFileOption = Annotated[Path | None, typer.Option(help="File with the server's key, or MINILLM_API_KEY.")]
+
+
+def read_key(path: Path | None) -> str | None:
+    """The first key of a file, or the environment's. Raises ConfigError."""
+    if path is None:
+        return os.environ.get("MINILLM_API_KEY")
+    try:
+        return path.read_text(encoding="utf-8").split()[0]
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(f"api_key_file {path} holds no key that can be read: {error}") from error
+
+
+def lacks_packages(command: str, error: ImportError) -> ConfigError:
+    """What to install for a benchmark over HTTP."""
+    return ConfigError(f"bench {command} needs more packages ({error.name}): pip install 'minillm[bench]'")
+
+
 @bench.command("serve")
 @with_fields(ServeOptions, "options")
-def bench_serve(
-    api_key_file: Annotated[Path | None, typer.Option(help="File with the server's key, or MINILLM_API_KEY.")] = None,
-    *,
-    options: ServeOptions,
-) -> None:
+def bench_serve(api_key_file: KeyFileOption = None, *, options: ServeOptions) -> None:
     """Latencies and throughput of any OpenAI-compatible server under an open loop of requests."""
     try:
         from minillm.bench import serve
     except ImportError as error:
-        raise ConfigError(f"bench serve needs more packages ({error.name}): pip install 'minillm[bench]'") from error
-    serve.run(options, serve.read_key(api_key_file) if api_key_file else os.environ.get("MINILLM_API_KEY"))
+        raise lacks_packages("serve", error) from error
+    serve.run(options, read_key(api_key_file))
+
+
+@bench.command("gap")
+@with_fields(GapOptions, "options")
+def bench_gap(api_key_file: KeyFileOption = None, *, options: GapOptions) -> None:
+    """The worst gap between others' tokens while a long prompt is read, on any OpenAI-compatible server."""
+    try:
+        from minillm.bench import gap
+    except ImportError as error:
+        raise lacks_packages("gap", error) from error
+    gap.run(options, read_key(api_key_file))
 
 
 @bench.command("kernels")

@@ -1,4 +1,4 @@
-"""`minillm bench serve`: load on any OpenAI-compatible server, over HTTP, from this process. It knows no engine.
+"""`minillm bench serve`: load on any OpenAI-compatible server, over HTTP. It knows no engine.
 
 The loop is open: requests are sent when they are due, whether or not those before them are answered, unless
 `max_concurrency` holds them back (then they count from when they are sent). A chunk of a stream stands for a token,
@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from minillm.bench.client_processes import send_from_processes
 from minillm.bench.latency import METRICS, Outcome, figures_of, goals_of, values_of
 from minillm.bench.lengths import TRACES, length_of
 from minillm.bench.serve_options import FIRST_TOKEN_ID, ServeOptions
+from minillm.bench.stream_client import Planned, Server, connected, find_model, send_when_due
 from minillm.errors import ConfigError
 
-__all__ = ["read_key", "run"]
-
-WORDS = ("time", "river", "stone", "light", "house", "green", "paper", "night", "water", "music", "field", "glass")
-
-
-@dataclass(slots=True)
-class Planned:
-    """A request to come, `at` seconds after the start."""
-
-    at: float
-    prompt: list[int]
-    num_output: int
+__all__ = ["run"]
 
 
 def plan_load(options: ServeOptions, max_len: int | None) -> list[Planned]:
@@ -59,104 +50,39 @@ def plan_load(options: ServeOptions, max_len: int | None) -> list[Planned]:
     return planned
 
 
-class Client:
-    """A server and what it is asked."""
-
-    def __init__(self, http: httpx.AsyncClient, model: str, options: ServeOptions) -> None:
-        self._http, self._model, self._options = http, model, options
-
-    async def send(self, planned: Planned) -> Outcome:
-        """One request, to its end or its failure."""
-        outcome = Outcome(len(planned.prompt), time.perf_counter())
-        path = "/v1/completions" if self._options.endpoint == "completions" else "/v1/chat/completions"
-        try:
-            async with self._http.stream("POST", path, json=self._body(planned)) as response:
-                if response.status_code != httpx.codes.OK:
-                    text = (await response.aread()).decode(errors="replace")
-                    outcome.error = f"{response.status_code}: {text[:200]}"
-                    return outcome
-                async for line in response.aiter_lines():
-                    read_line(line, outcome)
-        except (httpx.HTTPError, ValueError) as error:
-            outcome.error = outcome.error or f"{type(error).__name__}: {error}"
-        if not outcome.chunk_times:
-            outcome.error = outcome.error or "no token came"
-        outcome.num_output = outcome.num_output or len(outcome.chunk_times)
-        return outcome
-
-    def _body(self, planned: Planned) -> dict[str, Any]:
-        options = self._options
-        body: dict[str, Any] = {
-            "model": self._model,
-            "max_tokens": planned.num_output,
-            "temperature": 0.0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if options.ignore_eos:
-            body["ignore_eos"] = True
-        if options.endpoint == "completions":
-            return body | {"prompt": planned.prompt}
-        text = " ".join(WORDS[token % len(WORDS)] for token in planned.prompt)
-        return body | {"messages": [{"role": "user", "content": text}]}
-
-
-def read_line(line: str, outcome: Outcome) -> None:
-    """Note what a line of a stream of events brings."""
-    if not line.startswith("data:") or line[5:].strip() == "[DONE]":
-        return
-    chunk = json.loads(line[5:])
-    if "error" in chunk:
-        outcome.error = str(chunk["error"])[:200]
-    choices = chunk.get("choices") or [{}]
-    if choices[0].get("text") or (choices[0].get("delta") or {}).get("content"):
-        outcome.chunk_times.append(time.perf_counter())
-    if chunk.get("usage"):
-        outcome.num_output = chunk["usage"].get("completion_tokens", 0)
-
-
-async def find_model(http: httpx.AsyncClient, model: str | None) -> tuple[str, int | None]:
-    """Name and longest request of a model of the server. Raises ConfigError."""
-    try:
-        response = await http.get("/v1/models")
-        response.raise_for_status()
-        cards = response.json()["data"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"base_url {http.base_url} does not list its models: {error}") from error
-    card = next((card for card in cards if model in (None, card["id"])), None)
-    if card is None:
-        raise ConfigError(f"the server has no model {model!r}; it has {', '.join(card['id'] for card in cards)}")
-    return card["id"], card.get("max_model_len")
-
-
 async def load(options: ServeOptions, key: str | None, transport: httpx.AsyncBaseTransport | None) -> list[Outcome]:
     """Send the whole load and wait for all of it."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(
-        base_url=options.base_url, headers=headers, timeout=options.timeout, limits=limits, transport=transport
-    ) as http:
-        model, max_len = await find_model(http, options.model)
-        client = Client(http, model, options)
-        requests = plan_load(options, max_len)
-        for warm_up in requests[: options.num_warmups]:
-            outcome = await client.send(warm_up)
-            if outcome.error:
-                raise ConfigError(f"the server refused the first request: {outcome.error}")
-        room = asyncio.Semaphore(options.max_concurrency or len(requests))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("requests", total=len(requests))
-            start = time.perf_counter()
+    server = Server(
+        base_url=options.base_url,
+        key=key,
+        endpoint=options.endpoint,
+        ignore_eos=options.ignore_eos,
+        timeout=options.timeout,
+    )
+    async with connected(server, transport) as asking:
+        model, max_len = await find_model(asking.http, options.model)
+    server = replace(server, model=model)
+    requests = plan_load(options, max_len)
+    room = options.max_concurrency or len(requests)
+    outcomes: list[Outcome] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=len(requests))
 
-            async def send_when_due(planned: Planned) -> Outcome:
-                await asyncio.sleep(planned.at - (time.perf_counter() - start))
-                async with room:
-                    outcome = await client.send(planned)
-                bar.advance(task)
-                return outcome
+        def take(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            bar.advance(task)
 
-            return await asyncio.gather(*map(send_when_due, requests))
+        async with connected(server, transport) as client:
+            for warm_up in requests[: options.num_warmups]:
+                outcome = await client.send(warm_up)
+                if outcome.error:
+                    raise ConfigError(f"the server refused the first request: {outcome.error}")
+            if options.num_clients == 1:
+                await send_when_due(client, requests, time.perf_counter(), room, take)
+        if options.num_clients > 1:
+            await send_from_processes(server, requests, options.num_clients, room, take)
+    return outcomes
 
 
 def run(
@@ -179,14 +105,6 @@ def run(
     line = {"bench": "serve", **figures, "options": sent | {"plot": str(options.plot or "")}}
     print(json.dumps(line, allow_nan=False))
     return line
-
-
-def read_key(path: Path) -> str:
-    """The first key of a file. Raises ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8").split()[0]
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"api_key_file {path} holds no key that can be read: {error}") from error
 
 
 def show(figures: dict[str, Any], shares: Sequence[float]) -> None:

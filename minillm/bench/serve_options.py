@@ -43,6 +43,8 @@ class ServeOptions:
     """Token ids are below this."""
     ignore_eos: bool = True
     """Ask for all tokens; only servers that know the field accept it."""
+    num_clients: int = 1
+    """Processes that send: one reads some 10,000 tokens a second."""
     num_warmups: int = 1
     """Requests before those that count."""
     percentiles: str = "50,90,99"
@@ -57,7 +59,7 @@ class ServeOptions:
     """Picture of the distributions, .png or .svg; needs matplotlib."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "vocab_size", "max_concurrency"):
+        for name in ("num_prompts", "vocab_size", "max_concurrency", "num_clients"):
             value = getattr(self, name)
             if value is not None and value < (FIRST_TOKEN_ID + 1 if name == "vocab_size" else 1):
                 raise ConfigError(f"{name} must be at least {FIRST_TOKEN_ID + 1 if name == 'vocab_size' else 1}")

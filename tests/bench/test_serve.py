@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import statistics
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from minillm.bench.client_processes import run_process
 from minillm.bench.latency import Outcome, figures_of, goals_of
 from minillm.bench.lengths import TRACES, length_of
-from minillm.bench.serve import plan_load, read_key, run
+from minillm.bench.serve import plan_load, run
 from minillm.bench.serve_options import ServeOptions
 from minillm.cli import app
+from minillm.cli_bench import read_key
 from minillm.errors import ConfigError
 from tests.server.live import serving
 
@@ -137,6 +140,23 @@ def test_a_run_against_our_server(tmp_path: Path, capsys: pytest.CaptureFixture[
             run(ServeOptions(base_url=live.url, model="other", **SHORT), KEY)
 
 
+def test_several_client_processes() -> None:
+    with serving(keys=[KEY]) as live:
+        options = ServeOptions(base_url=live.url, num_clients=3, max_concurrency=5, **SHORT)
+        figures = run(options, KEY)
+        live.wait_idle()
+        planned = plan_load(options, 256)
+        assert figures["completed"] == 12 and figures["failed"] == 0
+        assert figures["total_input_tokens"] == sum(len(p.prompt) for p in planned)
+        assert figures["total_output_tokens"] == sum(p.num_output for p in planned)
+        assert 1 <= figures["max_concurrent_requests"] <= 5
+
+
+def test_a_client_process_that_fails_says_so() -> None:
+    with pytest.raises(ConfigError, match="ended with status 1"):
+        asyncio.run(run_process("{}", lambda outcome: None))
+
+
 def test_chat_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(keys=[KEY]) as live:
         command = f"bench serve --base-url {live.url} --endpoint chat --num-prompts 3 --input-len 9 --output-len 4"
@@ -185,6 +205,7 @@ def test_requests_that_fail_are_counted_alone() -> None:
         ("base_url", "localhost:8000"),
         ("vocab_size", 5),
         ("max_concurrency", 0),
+        ("num_clients", 0),
     ],
 )
 def test_options_that_cannot_work_are_refused(name: str, value: Any) -> None:

@@ -1,0 +1,144 @@
+"""`minillm bench gap`: what a long prompt does to the streams of others, on any OpenAI-compatible server.
+
+    streams  | | | | | | | | | | | | | |   |   |   |   |   | | | |      each bar a chunk, for every stream
+             <------- before ------->  ^ <----- during --->             gaps that touch the time
+                                 long prompt                first token of its answer
+
+It knows no engine. A stream's chunk stands for a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import pairwise
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from minillm.bench.gap_options import GapOptions
+from minillm.bench.latency import Outcome, percentile
+from minillm.bench.serve_options import FIRST_TOKEN_ID
+from minillm.bench.stream_client import Planned, Server, StreamClient, connected, find_model
+from minillm.errors import ConfigError
+
+__all__ = ["figures_of", "run"]
+
+
+def run(
+    options: GapOptions, key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+) -> dict[str, Any]:
+    """Measure the gaps; print a table and a JSON line, and return it. Raises ConfigError.
+
+    `transport`: how to reach a server that listens on no socket.
+    """
+    long, streams = asyncio.run(measure(options, key, transport))
+    line = {"bench": "gap", **figures_of(long, streams, options.seconds), "options": asdict(options)}
+    show(line)
+    print(json.dumps(line, allow_nan=False))
+    return line
+
+
+async def measure(
+    options: GapOptions, key: str | None, transport: httpx.AsyncBaseTransport | None
+) -> tuple[Outcome, list[list[float]]]:
+    """The long request's outcome, and the times of each stream's chunks. Raises ConfigError if any of them failed."""
+    rng = random.Random(options.seed)
+
+    def draw(num_input: int, num_output: int) -> Planned:
+        prompt = [rng.randrange(FIRST_TOKEN_ID, options.vocab_size) for _ in range(num_input)]
+        return Planned(0.0, prompt, num_output)
+
+    server = Server(base_url=options.base_url, key=key, timeout=options.timeout)
+    async with connected(server, transport) as asking:
+        model, max_len = await find_model(asking.http, options.model)
+    if max_len is not None and options.long_len + 1 > max_len:
+        raise ConfigError(f"long_len {options.long_len} is too long for the server, whose requests hold {max_len}")
+    num_output = options.output_len if max_len is None else min(options.output_len, max_len - options.input_len)
+    async with connected(replace(server, model=model), transport) as client:
+        times: list[list[float]] = [[] for _ in range(options.num_streams)]
+        tasks = [asyncio.create_task(client.send(draw(options.input_len, num_output), each.append)) for each in times]
+        try:
+            return await send_long(client, draw(options.long_len, 1), options.seconds, times, tasks), times
+        finally:
+            for task in tasks:
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def send_long(
+    client: StreamClient,
+    planned: Planned,
+    seconds: float,
+    times: Sequence[Sequence[float]],
+    tasks: Sequence[asyncio.Task[Outcome]],
+) -> Outcome:
+    """The long request's outcome, sent `seconds` after the last stream began. Raises ConfigError."""
+    while not all(times):
+        check_running(tasks)
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(seconds)
+    check_running(tasks)
+    long = await client.send(planned)
+    if long.error:
+        raise ConfigError(f"the long request failed: {long.error}")
+    lengths = [len(each) for each in times]
+    while any(len(each) <= length for each, length in zip(times, lengths, strict=True)):  # the gaps that it ended in
+        check_running(tasks)
+        await asyncio.sleep(0.01)
+    return long
+
+
+def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+    """Raise ConfigError if a stream has ended."""
+    for task in tasks:
+        if task.done():
+            error = task.result().error or "all its tokens came: raise output_len, or the server's max_model_len"
+            raise ConfigError(f"a stream ended too early: {error}")
+
+
+def figures_of(long: Outcome, streams: Sequence[Sequence[float]], seconds: float) -> dict[str, Any]:
+    """Gaps in milliseconds, of all streams: those of the `seconds` before, and those that the long prompt touched.
+
+    Raises ConfigError if there was none before.
+    """
+    arrived, answered = long.sent, long.chunk_times[0]
+    gaps = [pair for times in streams for pair in pairwise(times)]
+    before = sorted(1e3 * (b - a) for a, b in gaps if arrived - seconds <= a and b <= arrived)
+    during = sorted(1e3 * (b - a) for a, b in gaps if b > arrived and a < answered)
+    if not before:
+        raise ConfigError(f"no gap between two tokens lay in the {seconds:g} s before the long prompt: raise seconds")
+    median = statistics.median(before)
+    return {
+        "num_streams": len(streams),
+        "long_tokens": long.num_input,
+        "long_ttft_ms": 1e3 * (answered - arrived),
+        "median_gap_before_ms": median,
+        "p99_gap_before_ms": percentile(before, 99),
+        "max_gap_before_ms": before[-1],
+        "median_gap_during_ms": statistics.median(during),
+        "p99_gap_during_ms": percentile(during, 99),
+        "max_gap_during_ms": during[-1],
+        "max_over_median": during[-1] / median,
+    }
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print the table."""
+    title = f"bench gap: {line['num_streams']} streams, a prompt of {line['long_tokens']:,} tokens"
+    table = Table("gaps between tokens, ms", "median", "p99", "worst", title=title)
+    for name, when in (("before", "before it arrived"), ("during", "until its first token")):
+        table.add_row(when, *(f"{line[f'{which}_gap_{name}_ms']:,.2f}" for which in ("median", "p99", "max")))
+    table.caption = (
+        f"the worst is {line['max_over_median']:.2f} times the median before; "
+        f"the long prompt's first token took {line['long_ttft_ms']:,.0f} ms"
+    )
+    Console().print(table)
