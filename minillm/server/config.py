@@ -37,8 +37,8 @@ class ServerConfig:
     """File with the key that clients must send, one a line if several; or put the key into MINILLM_API_KEY."""
     served_model_name: str | None = None
     """Name of the model in the API; None takes the one that it was loaded by."""
-    engine_process: bool = False
-    """Run the engine in a process of its own."""
+    engine_process: bool = True
+    """Run the engine in a process of its own, so that what clients ask never waits for a step nor a step for them."""
     vllm_metrics: bool = True
     """Give the metrics under vLLM's names too, for dashboards made for it."""
     otlp_endpoint: str | None = None

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -32,7 +32,17 @@ LOG = logging.getLogger(__name__)
 def serve(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequence[str]) -> None:
     """Serve a model until a signal ends it. Raises what loading the model raises; ConfigError."""
     config.check_exposed(bool(keys))
-    asyncio.run(run(model, engine, config, keys))
+    with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+        runner.run(run(model, engine, config, keys))
+
+
+def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes an event loop: uvloop's, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def run(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequence[str]) -> None:

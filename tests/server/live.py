@@ -20,6 +20,11 @@ SMALL = EngineConfig(device="cpu", dtype="float32", max_model_len=256, num_kv_bl
 SECONDS = 60.0
 
 
+def threaded(**options: Any) -> ServerConfig:
+    """A server on a free port whose engine is a thread of the test's process, for the test to look into."""
+    return ServerConfig(port=0, engine_process=False, **options)
+
+
 class Live:
     """A running server."""
 
@@ -93,7 +98,7 @@ def serving(
     model: str = TINY, engine: EngineConfig = SMALL, config: ServerConfig | None = None, keys: Sequence[str] = ()
 ) -> Iterator[Live]:
     """A server on a free port."""
-    live = Live(model, engine, config or ServerConfig(port=0), keys)
+    live = Live(model, engine, config or threaded(), keys)
     try:
         yield live
     finally:

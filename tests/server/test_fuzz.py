@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from schemathesis.core import NotSet
 
 from minillm.server.app import create_app
-from minillm.server.config import ServerConfig
-from tests.server.live import SECONDS, Live, serving
+from tests.server.live import SECONDS, Live, serving, threaded
 
 NEIGHBOUR: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 20, "ignore_eos": True}
 POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
@@ -132,7 +131,7 @@ def send(live: Live, path: str, body: Any, statuses: Counter[int]) -> None:
 def fuzz(num: int) -> Counter[int]:
     """Send `num` requests, half of each kind, beside a neighbour."""
     statuses: Counter[int] = Counter()
-    with serving(config=ServerConfig(port=0, max_prompts=8, max_n=4, max_choices=16)) as live:
+    with serving(config=threaded(max_prompts=8, max_n=4, max_choices=16)) as live:
 
         def run(requests: st.SearchStrategy[tuple[str, Any]]) -> Callable[[], None]:
             @settings(max_examples=num // 2, **SHARED)

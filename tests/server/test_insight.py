@@ -16,7 +16,7 @@ from minillm.engine.replay import replay
 from minillm.server.config import ServerConfig
 from minillm.types import FinishReason, SamplingParams
 from tests.architecture.sources import ROOT
-from tests.server.live import TINY, Live, serving
+from tests.server.live import TINY, Live, serving, threaded
 
 KEY = "a-key-of-some-length"
 PATHS = ("/metrics", "/trace", "/recording", "/insight/feed", "/insight/requests/1", "/v1/requests/x/explain")
@@ -83,7 +83,7 @@ def test_labels_have_few_values(used: tuple[Live, dict[str, Any]]) -> None:
 
 
 def test_vllms_names_can_be_left_out() -> None:
-    with serving(config=ServerConfig(port=0, vllm_metrics=False)) as live:
+    with serving(config=threaded(vllm_metrics=False)) as live:
         text = live.client.get("/metrics").text
     assert "minillm:num_requests_running" in text and "vllm:" not in text
 

@@ -17,8 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from minillm.server.config import ServerConfig
-from tests.server.live import TINY, serving
+from tests.server.live import TINY, serving, threaded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-key-for-tests"
@@ -136,7 +135,7 @@ def test_another_address_needs_a_key_at_once() -> None:
 
 
 def test_a_stuck_step_turns_health_bad_and_is_described(caplog: pytest.LogCaptureFixture) -> None:
-    with serving(config=ServerConfig(port=0, stall_seconds=0.2)) as live, caplog.at_level(logging.ERROR):
+    with serving(config=threaded(stall_seconds=0.2)) as live, caplog.at_level(logging.ERROR):
         hung, goes_on = threading.Event(), threading.Event()
         engine = live.service.engine._link._driver.engine  # type: ignore[attr-defined]
         submit = engine.runner.submit

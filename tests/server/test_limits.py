@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from minillm.config import EngineConfig
-from minillm.server.config import ServerConfig
 from minillm.types import SamplingParams
-from tests.server.live import Live, serving
+from tests.server.live import Live, serving, threaded
 
 NEIGHBOUR: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 EXTREMES = (-1, 0, 1, 2, 2**31, 2**63, 10**18, 1e308, -1e308, 0.5, float("nan"), float("inf"), True, "x", None, [], {})
@@ -22,7 +21,7 @@ NUMERIC = sorted(
     {f.name for f in fields(SamplingParams)}
     | {"n", "best_of", "logprobs", "priority", "timeout", "top_logprobs", "max_completion_tokens", "stream", "echo"}
 )
-CONFIG = ServerConfig(port=0, max_prompts=16, max_n=8, max_choices=32, max_body_bytes=100_000, max_header_bytes=8192)
+CONFIG = threaded(max_prompts=16, max_n=8, max_choices=32, max_body_bytes=100_000, max_header_bytes=8192)
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +163,14 @@ def test_a_large_header_in_one_piece_is_refused(live: Live) -> None:
 
 @pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"Content-Length: 10\r\n\r\n{"])
 def test_a_slow_request_is_refused(sent: bytes) -> None:
-    with serving(config=ServerConfig(port=0, receive_seconds=0.2)) as live:
+    with serving(config=threaded(receive_seconds=0.2)) as live:
         assert exchange(live, sent).startswith(b"HTTP/1.1 408")
         assert live.client.get("/health").status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_back_and_running_streams_go_on() -> None:
     engine = EngineConfig(device="cpu", dtype="float32", max_model_len=2048, num_kv_blocks=256, max_num_seqs=1)
-    with serving(engine=engine, config=ServerConfig(port=0, max_waiting=3)) as live:
+    with serving(engine=engine, config=threaded(max_waiting=3)) as live:
         endless = {"prompt": [5, 6], "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with live.client.stream("POST", "/v1/completions", json=endless) as running:
             lines = running.iter_lines()
@@ -188,7 +187,7 @@ def test_a_full_queue_says_when_to_come_back_and_running_streams_go_on() -> None
 
 
 def test_one_user_cannot_take_every_place() -> None:
-    with serving(config=ServerConfig(port=0, max_per_user=2)) as live:
+    with serving(config=threaded(max_per_user=2)) as live:
         body = {"prompt": [5], "n": 3, "max_tokens": 2}
         assert live.post("/v1/completions", **body, user="a").status_code == 429
         assert live.post("/v1/completions", **body | {"n": 2}, user="a").status_code == 200
@@ -197,7 +196,7 @@ def test_one_user_cannot_take_every_place() -> None:
 
 def test_a_request_whose_time_is_over_gives_what_it_has() -> None:
     engine = EngineConfig(device="cpu", dtype="float32", max_model_len=2048, num_kv_blocks=256)
-    with serving(engine=engine, config=ServerConfig(port=0, request_seconds=0.5)) as live:
+    with serving(engine=engine, config=threaded(request_seconds=0.5)) as live:
         answer = live.post("/v1/completions", prompt=[5], max_tokens=2000, ignore_eos=True).json()
         assert answer["choices"][0]["finish_reason"] == "abort"
         assert 0 < answer["usage"]["completion_tokens"] < 2000

@@ -18,8 +18,7 @@ import psutil
 import pytest
 
 from minillm.config import EngineConfig
-from minillm.server.config import ServerConfig
-from tests.server.live import TINY, serving
+from tests.server.live import TINY, serving, threaded
 
 NUM_CLIENTS = 64
 PATIENCE = 600.0
@@ -94,7 +93,7 @@ def test_64_streams_for_ten_minutes() -> None:
             warm.append(process.memory_info().rss)
         return seconds < SOAK_SECONDS
 
-    with serving(TINY, ENGINE, ServerConfig(port=0, stall_seconds=20.0)) as live:
+    with serving(TINY, ENGINE, threaded(stall_seconds=20.0)) as live:
         outcomes = asyncio.run(load(live.url, goes_on))
         live.wait_idle()
         growth = process.memory_info().rss / warm[0]
