@@ -80,8 +80,12 @@ class LLM:
         groups: list[list[TextStream]] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
+            num_tokens, full_step = 0, self.engine.scheduler.limits.max_num_batched_tokens
             for ids, each_params in zip(encoded, each, strict=True):
                 groups.append(self._start(ids, each_params, priority, is_streamed=False))
+                before, num_tokens = num_tokens, num_tokens + len(ids)
+                if before < full_step <= num_tokens:
+                    self._step()  # the device need not wait for the rest
             streams = [stream for group in groups for stream in group]
             with Progress(*columns, disable=not progress) as bar:
                 task = bar.add_task("generating", total=len(streams))

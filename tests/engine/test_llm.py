@@ -37,6 +37,21 @@ def test_streams_by_turns_do_not_disturb_each_other(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_first_step_begins_once_it_is_full(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("random:tiny-llama", **OPTIONS, max_num_batched_tokens=64, overlap=overlap) as llm:
+        prompts = [[token] * 30 for token in range(5, 12)]
+        alone = [llm.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
+        events: list[str] = []
+        submit, add = llm.engine.runner.submit, llm.engine.add
+        monkeypatch.setattr(llm.engine.runner, "submit", lambda plan: events.append("step") or submit(plan))
+        monkeypatch.setattr(llm.engine, "add", lambda *args, **options: events.append("add") or add(*args, **options))
+        assert [out.token_ids for out in llm.generate(prompts, GREEDY)] == alone
+        assert events[:5] == ["add", "add", "add", "step", "add"]
+        assert events.count("add") == 7
+        assert not llm.engine.has_work
+
+
 def test_generate_inside_a_stream_ends_neither(llm: LLM) -> None:
     expected = llm.generate([[5, 6, 7], [8, 9]], GREEDY)
     got, inner = [], None
