@@ -58,14 +58,14 @@ def all_logits(
     """Logits [T, V] of every new token; `cache` gains them all."""
     offsets = [0, *accumulate(len(ids) for ids in sequences)]
     out_TV = None
-    for parts, hidden in run_passes(model, sequences, cache, passes, attention):
+    for parts, x_tD in run_passes(model, sequences, cache, passes, attention):
         tokens_t = torch.cat([torch.arange(part.start, part.end) + offsets[part.row] for part in parts])
         if len(passes) == 1 and bool((tokens_t.diff() == 1).all()):
-            out_TV = model.logits(*hidden)  # in order already: no copy
+            out_TV = model.logits(x_tD)  # in order already: no copy
             continue
         if out_TV is None:
-            out_TV = hidden[0].new_empty(offsets[-1], model.config.vocab_size)
-        out_TV[tokens_t.to(out_TV.device)] = model.logits(*hidden)
+            out_TV = x_tD.new_empty(offsets[-1], model.config.vocab_size)
+        out_TV[tokens_t.to(out_TV.device)] = model.logits(x_tD)
     assert out_TV is not None
     return out_TV
 
@@ -75,23 +75,23 @@ def last_logits(
 ) -> Tensor:
     """Logits [L, V] of the last token of each sequence that has any, in their order; `cache` gains all tokens."""
     found: dict[int, Tensor] = {}
-    for parts, (x_tD, residual_tD) in run_passes(model, sequences, cache, passes, attention):
+    for parts, x_tD in run_passes(model, sequences, cache, passes, attention):
         ends = list(accumulate(part.end - part.start for part in parts))
         last = [
             (part.row, end - 1) for part, end in zip(parts, ends, strict=True) if part.end == len(sequences[part.row])
         ]
         if last:
             index_L = torch.tensor([at for _, at in last], device=x_tD.device)
-            logits_LV = model.logits(x_tD[index_L], residual_tD[index_L])
+            logits_LV = model.logits(x_tD[index_L])
             found.update(zip((row for row, _ in last), logits_LV, strict=True))
     return torch.stack([found[row] for row in sorted(found)])
 
 
 def run_passes(
     model: Transformer, sequences: Sequence[Tensor], cache: KVCache, passes: Sequence[list[Part]], attention: Attention
-) -> Iterator[tuple[list[Part], tuple[Tensor, Tensor]]]:
-    """Each pass's parts with its hidden states: x_tD, still to be added to residual_tD. The cache gains the tokens at
-    the end; a pass that fails leaves its lengths as they were.
+) -> Iterator[tuple[list[Part], Tensor]]:
+    """Each pass's parts with its hidden states x_tD. The cache gains the tokens at the end; a pass that fails leaves
+    its lengths as they were.
     """
     counts = [len(ids) for ids in sequences] + [0] * (cache.batch_size - len(sequences))
     cache.reserve([length + count for length, count in zip(cache.lengths, counts, strict=True)])

@@ -47,4 +47,6 @@ O output features, E entries of a rotary table = positions, K edited rows, D dra
         -> tokens_L (int32), is_finite_L (bool)
         greedy where temperature is 0; else Gumbel-max with noise keyed by (seed, position, token id).
         `is_random`: some row samples. `is_filtered`: some row has top_k, top_p or min_p. Both known on the host.
+    keep_tokens(tokens_L, is_finite_L, *, seats_L, last_tokens_S) -> samples_L
+        last_tokens_S[seats] = tokens, of several for a seat any; samples are the tokens, -1 where a row failed.
 """

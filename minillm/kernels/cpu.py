@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels.cpu_linear import PackedWeight, linear, pack_linear
-from minillm.kernels.sampling_reference import edit_scores, gumbel_noise, keep_mask
+from minillm.kernels.sampling_reference import edit_scores, gumbel_noise, keep_mask, keep_tokens
 
 __all__ = [
     "PackedWeight",
@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "default_dtype",
     "edit_scores",
+    "keep_tokens",
     "linear",
     "pack_linear",
     "prepare_step",

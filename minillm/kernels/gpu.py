@@ -22,7 +22,7 @@ from minillm.kernels.attention import paged_attention
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.edits import edit_scores
 from minillm.kernels.fused_decode import fused_decode
-from minillm.kernels.sampling import sample
+from minillm.kernels.sampling import keep_tokens, sample
 from minillm.kernels.skinny import add_linear, max_fused_rows, norm_gated_linear, norm_linear
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "attention",
     "edit_scores",
     "fused_decode",
+    "keep_tokens",
     "linear",
     "max_fused_rows",
     "norm_gated_linear",

@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.kernels.sampling_reference import edit_scores, sample
+from minillm.kernels.sampling_reference import edit_scores, keep_tokens, sample
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "edit_scores",
+    "keep_tokens",
     "linear",
     "rms_norm",
     "rotary_and_store",

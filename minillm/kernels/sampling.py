@@ -19,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["sample"]
+from minillm.kernels.sampling_reference import NOT_FINITE
+
+__all__ = ["keep_tokens", "sample"]
 
 SEGMENT = 4096
 GROUP = 64
+ROWS = 128  # whose tokens a program keeps
 TILE = tl.constexpr(4096)  # tokens that the filter looks at together
 FIRST_GROUPS = tl.constexpr(128)  # groups that top_p alone looks at first; eight times more until they hold its mass
 ALL = tl.constexpr(0xFFFFFFFF)
@@ -83,6 +86,16 @@ def sample(
             num_warps=8,
         )
     return tokens_L, is_finite_L
+
+
+def keep_tokens(tokens_L: Tensor, is_finite_L: Tensor, *, seats_L: Tensor, last_tokens_S: Tensor) -> Tensor:
+    """`sampling_reference.keep_tokens` in one launch."""
+    samples_L = torch.empty_like(tokens_L)
+    num_rows = len(tokens_L)
+    keep_kernel[(triton.cdiv(num_rows, ROWS),)](
+        *(tokens_L, is_finite_L, seats_L, last_tokens_S, samples_L, num_rows), ROWS=ROWS, FAILED=NOT_FINITE, num_warps=4
+    )
+    return samples_L
 
 
 @triton.jit
@@ -348,3 +361,17 @@ def filter_kernel(
             best_token = tl.where(score > best_score, token, best_token)
             best_score = tl.maximum(score, best_score)
         tl.store(tokens_ptr + row, best_token)
+
+
+@triton.jit(do_not_specialize=["tokens_ptr", "is_finite_ptr", "seats_ptr", "samples_ptr", "num_rows"])
+def keep_kernel(
+    tokens_ptr, is_finite_ptr, seats_ptr, last_tokens_ptr, samples_ptr, num_rows,
+    ROWS: tl.constexpr, FAILED: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows: their tokens to their seats and to the samples."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    tokens = tl.load(tokens_ptr + rows, mask=is_row, other=0)
+    is_finite = tl.load(is_finite_ptr + rows, mask=is_row, other=0) != 0
+    tl.store(last_tokens_ptr + tl.load(seats_ptr + rows, mask=is_row, other=0), tokens, mask=is_row)
+    tl.store(samples_ptr + rows, tl.where(is_finite, tokens, FAILED), mask=is_row)

@@ -10,7 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["edit_scores", "gumbel_noise", "keep_mask", "row_keys", "sample", "scale_logits", "token_hashes"]
+__all__ = [
+    "NOT_FINITE",
+    "edit_scores",
+    "gumbel_noise",
+    "keep_mask",
+    "keep_tokens",
+    "row_keys",
+    "sample",
+    "scale_logits",
+    "token_hashes",
+]
+
+NOT_FINITE = -1
+"""In place of a token: this row's logits were not finite."""
 
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: spreads consecutive numbers
@@ -137,3 +150,9 @@ def sample(
         scores_LV = torch.where(is_random_L1, scores_LV + noise_LV, scores_LV)
     tokens_L = torch.where(is_finite_L, scores_LV.argmax(-1), 0)
     return tokens_L.int(), is_finite_L
+
+
+def keep_tokens(tokens_L: Tensor, is_finite_L: Tensor, *, seats_L: Tensor, last_tokens_S: Tensor) -> Tensor:
+    """Note the seats' last tokens, of several for a seat any -> samples_L, NOT_FINITE where a row failed."""
+    last_tokens_S[seats_L] = tokens_L
+    return torch.where(is_finite_L, tokens_L, NOT_FINITE)

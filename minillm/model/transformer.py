@@ -59,23 +59,22 @@ class Transformer(nn.Module):
 
         `kv_cache` is [layers, 2, blocks, kv heads, block size, head size].
         """
-        x_TD, residual_TD = self.run_layers(batch, kv_cache)
-        return self.logits(x_TD[rows_L], residual_TD[rows_L])
+        return self.logits(self.run_layers(batch, kv_cache)[rows_L])
 
-    def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """All layers: x_TD, still to be added to residual_TD. Writes the tokens' keys and values."""
-        residual_TD = self.embedding(batch.input_ids_T)
+    def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """All layers -> x_TD, which the last norm is still to see. Writes the tokens' keys and values."""
+        residual_TD: Tensor = self.embedding(batch.input_ids_T)
         if self._is_fused(batch):
             for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
                 assert isinstance(layer, DecoderLayer)
                 layer.forward_fused(residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
-            return torch.zeros_like(residual_TD), residual_TD
+            return residual_TD
         x_TD = None
         batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
-        return x_TD, residual_TD
+        return residual_TD.add_(x_TD)
 
     def _is_fused(self, batch: ForwardBatch) -> bool:
         """Whether the step is a few rows of one token each, in order, and the kernel set fuses such."""
@@ -101,12 +100,11 @@ class Transformer(nn.Module):
         )
         return replace(batch, shared={"prepared": prepared})
 
-    def logits(self, x_LD: Tensor, residual_LD: Tensor) -> Tensor:
-        """Logits [L, V] of rows of what `run_layers` gave; changes `residual_LD`."""
+    def logits(self, x_LD: Tensor) -> Tensor:
+        """Logits [L, V] of rows of what `run_layers` gave."""
         if x_LD.shape[0] == 0:  # a step inside prompts: kernels need not know empty inputs
             return x_LD.new_empty(0, self.config.vocab_size)
-        hidden_LD = self.ops.add_rms_norm(x_LD, residual_LD, self.norm.weight, self.config.rms_norm_eps)
-        logits_LV: Tensor = self.head(hidden_LD)
+        logits_LV: Tensor = self.head(self.ops.rms_norm(x_LD, self.norm.weight, self.config.rms_norm_eps))
         return logits_LV
 
     def targets(self) -> dict[str, Target]:

@@ -1,9 +1,10 @@
-"""StepPlan -> one flat int32 buffer: everything that a step needs from the host, so that it takes one copy.
+"""StepPlan -> int32 words: everything that a step needs from the host, so that it takes a copy, or two.
 
 It knows columns, not tensors: the runner copies the words and `kernels.step_inputs` expands them on the device.
 
-    | seats R | starts R | counts R | query starts R | token offsets R | tokens | logit rows L | logit seats L |
-    | block places B | blocks B | seated rows N | parameters 6 N | copies from C | copies to C |
+    inputs   | logit rows L | logit seats L | positions L | seats R | starts R | counts R | query starts R |
+             | token offsets R | tokens |
+    deltas   | block places B | blocks B | seated rows N | parameters 6 N | copies from C | copies to C |
 
 Rows with one token come first, each group in the plan's order. On a GPU a step is padded to one of a few shapes, those
 of CUDA graphs, and of eager steps just as well: a decode step by rows of seat 0 with one token, a mixed one by empty
@@ -23,6 +24,7 @@ from minillm.core.plan import StepPlan
 from minillm.runtime.rows import Ints, Rows
 
 NUM_ROW_COLUMNS = 5
+NUM_SAMPLE_COLUMNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,16 @@ class ScoreWords:
 
 @dataclass(slots=True, kw_only=True)
 class StepWords:
-    """The sections of a step's buffer in order, and what the host knows about the step."""
+    """The words of a step in order, and what the host knows about it."""
 
-    sections: tuple[Ints, ...]
-    """int32 arrays: row columns, tokens, logit rows, logit seats, places, blocks, seated rows, parameters, from, to."""
+    samples: Ints
+    """int32 [3, L]: token of the batch whose logits are sampled, seat, position of the sampled token."""
+    columns: Ints
+    """int32 [5, R]."""
+    tokens: Ints
+    """int32, those that the host knows."""
+    deltas: tuple[Ints, ...]
+    """int32 arrays: places, blocks, seated rows, parameters, from, to; mostly all are empty."""
     order: Ints
     """Planned row of each row of the batch."""
     num_logits: Ints
@@ -125,10 +133,11 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     starts = column(plan.starts)[order]
     seats = column(plan.rows)[order]
     num_logits = column(plan.num_samples)[order]
-    logit_seats = np.repeat(seats, num_logits)
+    logit_seats, positions = np.repeat(seats, num_logits), trailing(starts + counts + 1, num_logits)
+    samples = np.stack([trailing(ends, num_logits), logit_seats, positions]).astype(np.int32)
     copies = column(plan.copies).reshape(-1, 2)
     columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
-    tokens, logit_rows = column(plan.tokens), trailing(ends, num_logits)
+    tokens = column(plan.tokens)
     is_random, is_filtered = (bool(kind[logit_seats].any()) for kind in (rows.is_random_S, rows.is_filtered_S))
     num_batched, num_decodes = int(ends[-1]), int(len(order) - is_long.sum())
     if num_decodes == len(order) and num_logits.all():
@@ -139,27 +148,19 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
         num_batched, num_decodes = padded_size(num_batched, shapes.mixed_sizes), shapes.num_rows
     if shapes.decode_sizes:
         tokens = with_zeros(tokens, num_batched)
-        num_samples = padded_size(len(logit_rows), shapes.decode_sizes) if len(logit_rows) else 0
-        logit_rows, logit_seats = with_zeros(logit_rows, num_samples), with_zeros(logit_seats, num_samples)
+        num_samples = padded_size(samples.shape[1], shapes.decode_sizes) if samples.size else 0
+        samples = with_zeros(samples, num_samples)
     return StepWords(
-        sections=(
-            columns.reshape(-1),
-            tokens,
-            logit_rows,
-            logit_seats,
-            places,
-            blocks,
-            seated_rows,
-            params.reshape(-1),
-            copies[:, 0],
-            copies[:, 1],
-        ),
+        samples=samples,
+        columns=columns,
+        tokens=tokens,
+        deltas=(places, blocks, seated_rows, params.reshape(-1), copies[:, 0], copies[:, 1]),
         order=order,
         num_logits=num_logits,
         num_rows=len(order),
         num_tokens=num_batched,
         num_decodes=num_decodes,
-        num_samples=len(logit_rows),
+        num_samples=samples.shape[1],
         max_query_len=int(counts.max()),
         max_context_len=int((starts + counts).max()),
         is_random=is_random,
@@ -183,8 +184,8 @@ def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
 
 
 def with_zeros(words: Ints, size: int) -> Ints:
-    """`words` with zeros behind them, up to `size`."""
-    return np.concatenate([words, np.zeros(max(0, size - len(words)), np.int32)])
+    """`words` [..., n] with zeros behind them, up to `size`."""
+    return np.concatenate([words, np.zeros((*words.shape[:-1], max(0, size - words.shape[-1])), np.int32)], axis=-1)
 
 
 def with_rows(columns: Ints, size: int, first_token: int, *, tokens_each: int) -> Ints:

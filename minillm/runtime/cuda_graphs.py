@@ -2,9 +2,10 @@
 
 The layers are captured once for each padded shape of a step, head and sampling once for each number of logits and kind
 of sampling: any of the one goes with any of the other, through hidden states that stay where they are. It knows no
-plans: the runner copies a step's columns in.
+plans: both read a step's inputs where the step buffer has them.
 
-    columns, tokens --copy--> [ layers, this shape ] --hidden states--> [ head and sampling, this kind ] --> samples
+    columns, tokens --> [ layers, this shape ] --hidden states--> [ head and sampling, this kind ] --> samples
+                                                  rows, seats, positions --^
 
 Shapes: T tokens, R rows, L rows of logits, D hidden size; padding included.
 """
@@ -17,7 +18,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes
+from minillm.runtime.batching import NUM_ROW_COLUMNS, NUM_SAMPLE_COLUMNS, PaddedShapes
+from minillm.runtime.step_buffer import StepBuffer
 
 STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 8193, 512))
 """Tokens that mixed steps are padded to. The large ones are graphs too: a kernel of tensor descriptors takes longer to
@@ -28,41 +30,23 @@ SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 """(is_random, is_filtered)."""
 
 
-class Hidden(NamedTuple):
-    """What the layers give: x_TD is still to be added to residual_TD."""
-
-    x_TD: Tensor
-    residual_TD: Tensor
-    positions_T: Tensor
-
-
 class Stages(Protocol):
     """The two parts of a step (the runner has them)."""
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
-        """A padded step up to the head, for rows of any length."""
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
+        """Hidden states [T, D] of a padded step, for rows of any length."""
 
-    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [L] of tokens `rows_L`."""
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [L]. `samples_3L`: rows of `x_TD`, their seats, the sampled tokens' positions."""
 
     def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
         """Samples [K] of padding whose logits are edited: no graph holds these launches."""
 
 
-class LayersGraph(NamedTuple):
-    """A captured shape and the tensors that it reads."""
-
-    graph: torch.cuda.CUDAGraph
-    columns_5R: Tensor
-    tokens_T: Tensor
-
-
 class FinishGraph(NamedTuple):
-    """A captured kind of sampling, and the tensors that it reads and writes."""
+    """A captured kind of sampling, and what it writes."""
 
     graph: torch.cuda.CUDAGraph
-    rows_L: Tensor
-    seats_L: Tensor
     samples_L: Tensor
 
 
@@ -112,13 +96,13 @@ def padding(num_rows: int, num_tokens: int, device: torch.device) -> tuple[Tenso
 @torch.inference_mode()
 def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device: torch.device) -> None:
     """Run padding in every padded shape, and in one of `max_tokens`: all kernels that steps launch."""
-    hidden = stages.run_layers(*padding(shapes.num_rows, max_tokens, device))
+    x_TD = stages.run_layers(*padding(shapes.num_rows, max_tokens, device))
     for size in reversed(shapes.decode_sizes):
+        samples_3L = torch.zeros(NUM_SAMPLE_COLUMNS, size, dtype=torch.int32, device=device)
         for kind in SAMPLING_KINDS:
-            rows_L, seats_L = torch.zeros(2, size, dtype=torch.int32, device=device)
-            stages.finish(hidden, rows_L, seats_L, kind)
+            stages.finish(x_TD, samples_3L, kind)
     for kind in SAMPLING_KINDS:
-        stages.finish_edited(seats_L, kind)
+        stages.finish_edited(samples_3L[1], kind)
     for shape in layer_shapes(shapes):
         stages.run_layers(*padding(*shape, device))
 
@@ -126,12 +110,11 @@ def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device
 class StepGraphs:
     """Captured steps. All share one pool of memory: one step runs at a time."""
 
-    def __init__(self, stages: Stages, shapes: PaddedShapes, device: torch.device) -> None:
-        self._stages, self._device = stages, device
+    def __init__(self, stages: Stages, shapes: PaddedShapes, buffer: StepBuffer, device: torch.device) -> None:
+        self._stages, self._buffer, self._device = stages, buffer, device
         self._pool = torch.cuda.graph_pool_handle()
         largest_first = layer_shapes(shapes)  # the others fit into its memory
-        warm = stages.run_layers(*padding(*largest_first[0], device))
-        self._hidden = Hidden(*(torch.empty_like(part) for part in warm))
+        self._x_TD = torch.empty_like(stages.run_layers(*padding(*largest_first[0], device)))
         self._layers = {shape: self._capture_layers(*shape) for shape in largest_first}
         sizes = reversed(shapes.decode_sizes)
         self._finish = {(size, kind): self._capture_finish(size, kind) for size in sizes for kind in SAMPLING_KINDS}
@@ -141,42 +124,39 @@ class StepGraphs:
         """Graphs in all."""
         return len(self._layers) + len(self._finish)
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden | None:
-        """Replay the layers of a step; None if its shape was not captured."""
-        captured = self._layers.get((columns_5R.shape[1], tokens_T.shape[0]))
-        if captured is None:
+    def run_layers(self, num_rows: int, num_tokens: int) -> Tensor | None:
+        """Replay the layers of the step in the buffer; None if its shape was not captured."""
+        graph = self._layers.get((num_rows, num_tokens))
+        if graph is None:
             return None
-        captured.columns_5R.copy_(columns_5R)
-        captured.tokens_T.copy_(tokens_T)
-        captured.graph.replay()
-        return self._hidden
+        graph.replay()
+        return self._x_TD
 
-    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor | None:
+    def finish(self, x_TD: Tensor, num_samples: int, kind: tuple[bool, bool]) -> Tensor | None:
         """Replay head and sampling on what `run_layers` gave; None if that was not captured.
 
         The samples are to be copied before the next replay.
         """
-        captured = self._finish.get((rows_L.shape[0], kind)) if hidden is self._hidden else None
+        captured = self._finish.get((num_samples, kind)) if x_TD is self._x_TD else None
         if captured is None:
             return None
-        captured.rows_L.copy_(rows_L)
-        captured.seats_L.copy_(seats_L)
         captured.graph.replay()
         return captured.samples_L
 
-    def _capture_layers(self, num_rows: int, num_tokens: int) -> LayersGraph:
-        inputs = padding(num_rows, num_tokens, self._device)
+    def _capture_layers(self, num_rows: int, num_tokens: int) -> torch.cuda.CUDAGraph:
+        _, *inputs = self._buffer.inputs(0, num_rows, num_tokens)
+        for place, part in zip(inputs, padding(num_rows, num_tokens, self._device), strict=True):
+            place.copy_(part)
         self._stages.run_layers(*inputs)  # outside a capture: libraries are set up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            for kept, part in zip(self._hidden, self._stages.run_layers(*inputs), strict=True):
-                kept[:num_tokens].copy_(part)
-        return LayersGraph(graph, *inputs)
+            self._x_TD[:num_tokens].copy_(self._stages.run_layers(*inputs))
+        return graph
 
-    def _capture_finish(self, num_logits: int, kind: tuple[bool, bool]) -> FinishGraph:
-        rows_L, seats_L = torch.zeros(2, num_logits, dtype=torch.int32, device=self._device)
-        self._stages.finish(self._hidden, rows_L, seats_L, kind)
+    def _capture_finish(self, num_samples: int, kind: tuple[bool, bool]) -> FinishGraph:
+        samples_3L = self._buffer.inputs(num_samples, 0, 0).samples_3L.zero_()
+        self._stages.finish(self._x_TD, samples_3L, kind)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            samples_L = self._stages.finish(self._hidden, rows_L, seats_L, kind)
-        return FinishGraph(graph, rows_L, seats_L, samples_L)
+            samples_L = self._stages.finish(self._x_TD, samples_3L, kind)
+        return FinishGraph(graph, samples_L)

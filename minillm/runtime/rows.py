@@ -28,7 +28,8 @@ class Rows:
         self.max_blocks = max_blocks
         self.block_tables_SM = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens_S = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self.params_S6 = torch.zeros(num_rows, NUM_PARAM_WORDS, dtype=torch.int32, device=device)
+        self.params_4S = torch.zeros(4, num_rows, dtype=torch.int32, device=device)
+        self.seeds_S = torch.zeros(num_rows, dtype=torch.int64, device=device)
         # The host's copy of what decides which kernels run.
         self.is_random_S = np.zeros(num_rows, dtype=bool)
         self.is_filtered_S = np.zeros(num_rows, dtype=bool)
@@ -57,7 +58,9 @@ class Rows:
         if places.numel():
             self.block_tables_SM.view(-1)[places] = blocks
         if rows.numel():
-            self.params_S6[rows] = words
+            self.params_4S[:, rows] = words[:, :4].T
+            low, high = words[:, 4:].long().unbind(1)
+            self.seeds_S[rows] = high << 32 | low & 0xFFFFFFFF
 
 
 def param_words(params: RowParams) -> Ints:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from types import ModuleType
@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from minillm.core.plan import StepPlan, StepResult
+from minillm.kernels.sampling_reference import NOT_FINITE
 from minillm.kernels.step_inputs import expand_step_inputs
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
-from minillm.runtime.batching import NUM_ROW_COLUMNS, PaddedShapes, StepWords, step_words
-from minillm.runtime.cuda_graphs import Hidden, StepGraphs
+from minillm.runtime.batching import PaddedShapes, StepWords, step_words
+from minillm.runtime.cuda_graphs import StepGraphs
 from minillm.runtime.edits import LogitEdits, StepEdits
 from minillm.runtime.logprobs import LogprobRows, logprob_columns, score_step
 from minillm.runtime.rows import NUM_PARAM_WORDS, Ints, Rows
+from minillm.runtime.step_buffer import StepBuffer, to_device
 from minillm.runtime.verify import verified
 
-NOT_FINITE = -1
-"""In place of a token: this row's logits were not finite."""
 Arrival = Future[tuple[Ints, float]]
 """A step's samples, and the seconds that it took."""
 Arrive = Callable[[], tuple[Ints, float]]
@@ -69,9 +69,8 @@ class Pending:
 class Passed(NamedTuple):
     """A step between the layers and the head."""
 
-    hidden: Hidden
-    rows_L: Tensor
-    seats_L: Tensor
+    x_TD: Tensor
+    samples_3L: Tensor
     edits: StepEdits | None
 
 
@@ -86,6 +85,7 @@ class Runner:
         self.shapes = PaddedShapes() if shapes is None else shapes
         self.device = kv_cache.device
         self.block_size = kv_cache.shape[4]
+        self._buffer = StepBuffer(self.shapes, self.device)
         self._graphs: StepGraphs | None = None
         self._edits = LogitEdits(
             len(rows.last_tokens_S), model.config.vocab_size, rows.max_blocks * self.block_size, self.device
@@ -96,7 +96,7 @@ class Runner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture CUDA graphs for every padded shape; without them each step is launched kernel by kernel."""
-        self._graphs = StepGraphs(self, self.shapes, self.device)
+        self._graphs = StepGraphs(self, self.shapes, self._buffer, self.device)
 
     @property
     def num_compiles(self) -> int:
@@ -127,19 +127,20 @@ class Runner:
         """Drop the steps that nobody waited for."""
         self._queue.clear()
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
-        """The layers of a padded step, for rows of any length: what a graph holds."""
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
+        """Hidden states [T, D] of a padded step, for rows of any length: what a graph holds."""
         num_rows, num_tokens = columns_5R.shape[1], tokens_T.shape[0]
         max_query_len = 1 if num_rows == num_tokens else num_tokens  # a decode step, or a mixed one
         bounds = Bounds(num_tokens, num_rows, max_query_len, self.rows.max_blocks * self.block_size)
         return self._run_layers(bounds, columns_5R, tokens_T)
 
-    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [L] int32 of tokens `rows_L`, NOT_FINITE where a row failed; the device keeps the last tokens.
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Samples [L] int32, NOT_FINITE where a row failed; the device keeps the last tokens.
 
-        `kind`: (is_random, is_filtered).
+        `samples_3L`: rows of `x_TD`, their seats, the sampled tokens' positions. `kind`: (is_random, is_filtered).
         """
-        tokens_L, is_finite_L = self._sample(self._logits(hidden, rows_L), seats_L, hidden.positions_T[rows_L], kind)
+        rows_L, seats_L, positions_L = samples_3L.unbind()
+        tokens_L, is_finite_L = self._sample(self._logits(x_TD, rows_L), seats_L, positions_L, kind)
         return self._kept(tokens_L, is_finite_L, seats_L)
 
     def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
@@ -153,41 +154,43 @@ class Runner:
 
         Rows with edited logits are sampled again, from what these became.
         """
-        hidden, rows_L, seats_L, edits = passed
+        x_TD, samples_3L, edits = passed
+        rows_L, seats_L, positions_L = samples_3L.unbind()
         kind = (words.is_random, words.is_filtered)
-        samples_L, logits_LV = rows_L, hidden.x_TD[:0]
+        samples_L, logits_LV = rows_L, x_TD[:0]
         if words.num_samples:
-            logits_LV = self._logits(hidden, rows_L)
-            tokens_L, is_finite_L = self._sample(logits_LV, seats_L, hidden.positions_T[rows_L], kind)
+            logits_LV = self._logits(x_TD, rows_L)
+            tokens_L, is_finite_L = self._sample(logits_LV, seats_L, positions_L, kind)
             if edits is not None and edits.words.num_rows:
                 edited_K, seats_K, positions_K, *_ = edits.columns
                 scores_KV = self._edits.scores(self.ops, logits_LV, self.rows.last_tokens_S, edits)
-                tokens_L[edited_K], is_finite_L[edited_K] = self._sample(scores_KV, seats_K, positions_K, kind)
+                tokens_L[edited_K], is_finite_L[edited_K] = self._sample(scores_KV, seats_K, positions_K + 1, kind)
             samples_L = self._kept(tokens_L, is_finite_L, seats_L)
         if words.scores is None:
             return samples_L
-        rows_M, targets = self._to_device((words.scores.rows, words.scores.targets))
+        rows_M, targets = to_device((words.scores.rows, words.scores.targets), self.device)
         sampled = (logits_LV, samples_L)
-        packed = score_step(words.scores, rows_M, targets, partial(self._logits, hidden), sampled)
+        packed = score_step(words.scores, rows_M, targets, partial(self._logits, x_TD), sampled)
         return torch.cat([samples_L, packed])
 
-    def _logits(self, hidden: Hidden, rows_L: Tensor) -> Tensor:
-        return self.model.logits(hidden.x_TD[rows_L], hidden.residual_TD[rows_L])
+    def _logits(self, x_TD: Tensor, rows_L: Tensor) -> Tensor:
+        logits_LV: Tensor = self.model.logits(x_TD.index_select(0, rows_L))
+        return logits_LV
 
     def _sample(
         self, logits_LV: Tensor, seats_L: Tensor, positions_L: Tensor, kind: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens that follow `positions_L` [L] int32, and whether their logits were finite [L]."""
-        params_L6 = self.rows.params_S6[seats_L]
-        floats_L6 = params_L6.view(torch.float32)
+        """Tokens at `positions_L` [L] int32, and whether their logits were finite [L]."""
+        params_4L = self.rows.params_4S.index_select(1, seats_L)
+        floats_4L = params_4L.view(torch.float32)
         tokens_L, is_finite_L = self.ops.sample(
             logits_LV,
-            temperature_L=floats_L6[:, 0].contiguous(),
-            top_k_L=params_L6[:, 1].contiguous(),
-            top_p_L=floats_L6[:, 2].contiguous(),
-            min_p_L=floats_L6[:, 3].contiguous(),
-            seeds_L=params_L6[:, 4:6].contiguous().view(torch.int64)[:, 0],
-            positions_L=positions_L + 1,
+            temperature_L=floats_4L[0],
+            top_k_L=params_4L[1],
+            top_p_L=floats_4L[2],
+            min_p_L=floats_4L[3],
+            seeds_L=self.rows.seeds_S.index_select(0, seats_L),
+            positions_L=positions_L,
             is_random=kind[0],
             is_filtered=kind[1],
         )
@@ -196,8 +199,10 @@ class Runner:
     def _kept(self, tokens_L: Tensor, is_finite_L: Tensor, seats_L: Tensor) -> Tensor:
         """The samples, once the rows' last tokens are noted."""
         # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
-        self.rows.last_tokens_S[seats_L] = tokens_L
-        return torch.where(is_finite_L, tokens_L, NOT_FINITE)
+        samples_L: Tensor = self.ops.keep_tokens(
+            tokens_L, is_finite_L, seats_L=seats_L, last_tokens_S=self.rows.last_tokens_S
+        )
+        return samples_L
 
     def _run_until(self, arrival: Arrival) -> tuple[Ints, float]:
         while not arrival.done():
@@ -234,42 +239,35 @@ class Runner:
     @torch.inference_mode()
     def _pass(self, words: StepWords) -> Passed:
         """Apply the deltas and run the layers."""
-        sections = self._to_device(words.sections)
-        columns, tokens, rows_L, seats_L, places, blocks, seated, params, copy_from, copy_to = sections
-        self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
-        if copy_from.numel():
-            self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
+        samples_3L, columns_5R, tokens_T = self._buffer.send(words)
+        if any(section.size for section in words.deltas):
+            places, blocks, seated, params, copy_from, copy_to = to_device(words.deltas, self.device)
+            self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
+            if copy_from.numel():
+                self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
         edits = None
         if words.edits is not None:
-            edits = StepEdits(words.edits, self._to_device(words.edits.sections))
+            edits = StepEdits(words.edits, to_device(words.edits.sections, self.device))
             self._edits.seat(edits)
-        columns_5R = columns.view(NUM_ROW_COLUMNS, -1)
-        hidden = None if self._graphs is None else self._graphs.run_layers(columns_5R, tokens)
-        if hidden is None:
-            hidden = self._run_layers(self._bounds(words), columns_5R, tokens)
-        return Passed(hidden, rows_L, seats_L, edits)
+        x_TD = None if self._graphs is None else self._graphs.run_layers(columns_5R.shape[1], len(tokens_T))
+        if x_TD is None:
+            x_TD = self._run_layers(self._bounds(words), columns_5R, tokens_T)
+        return Passed(x_TD, samples_3L, edits)
 
     @torch.inference_mode()
     def _sampled(self, words: StepWords, passed: Passed) -> Tensor:
         """Samples [L] int32 on the device, and words of logprobs behind them."""
-        hidden, rows_L, seats_L, edits = passed
+        x_TD, samples_3L, edits = passed
         if edits is not None and edits.words.masks is not None:
-            mask_rows_K, masks = self._to_device((edits.words.mask_rows, edits.words.masks.reshape(-1)))
+            mask_rows_K, masks = to_device((edits.words.mask_rows, edits.words.masks), self.device)
             edits = edits._replace(mask_rows_K=mask_rows_K, masks_MW=masks.view(edits.words.num_masks, -1))
         if words.scores is not None or (edits is not None and edits.words.num_rows):
             return self._finish_special(words, passed._replace(edits=edits))
         if not words.num_samples:
-            return rows_L
+            return samples_3L[0]
         kind = (words.is_random, words.is_filtered)
-        samples_L = None if self._graphs is None else self._graphs.finish(hidden, rows_L, seats_L, kind)
-        return self.finish(hidden, rows_L, seats_L, kind) if samples_L is None else samples_L
-
-    def _to_device(self, sections: Sequence[Ints]) -> list[Tensor]:
-        """int32 arrays as tensors on the device, by one copy."""
-        sizes = [section.size for section in sections]
-        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        np.concatenate(sections, out=host.numpy())
-        return list(host.to(self.device, non_blocking=True).split(sizes))
+        samples_L = None if self._graphs is None else self._graphs.finish(x_TD, words.num_samples, kind)
+        return self.finish(x_TD, samples_3L, kind) if samples_L is None else samples_L
 
     def _bounds(self, words: StepWords) -> StepWords | Bounds:
         if self.device.type != "cuda":
@@ -278,10 +276,10 @@ class Runner:
         longest = self.rows.max_blocks * self.block_size
         return Bounds(words.num_tokens, words.num_decodes, words.max_query_len, longest)
 
-    def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens: Tensor) -> Hidden:
+    def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
         expanded = expand_step_inputs(
             columns_5R,
-            tokens,
+            tokens_T,
             block_tables_SM=self.rows.block_tables_SM,
             last_tokens_S=self.rows.last_tokens_S,
             block_size=self.block_size,
@@ -299,7 +297,7 @@ class Runner:
             max_query_len=bounds.max_query_len,
             max_context_len=bounds.max_context_len,
         )
-        return Hidden(*self.model.run_layers(batch, self.kv_cache), expanded.positions_T)
+        return self.model.run_layers(batch, self.kv_cache)
 
 
 class Bounds(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.model.transformer import Transformer
-from minillm.runtime.batching import PaddedShapes
+from minillm.runtime.batching import NUM_SAMPLE_COLUMNS, PaddedShapes
 from minillm.runtime.cuda_graphs import STEP_TOKENS, padded_shapes, padding, run_each_shape
 from minillm.runtime.edits import LogitEdits
 from minillm.runtime.kv_cache import (
@@ -272,8 +272,8 @@ def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
     before = torch.cuda.memory_allocated(place.device)
     with torch.inference_mode():
         nothing = partial(torch.zeros, dtype=torch.int32, device=place.device)
-        hidden = runner.run_layers(*padding(num_rows, sizes.max_num_batched_tokens, place.device))
-        runner.finish(hidden, nothing(num_rows), nothing(num_rows), (True, True))
+        x_TD = runner.run_layers(*padding(num_rows, sizes.max_num_batched_tokens, place.device))
+        runner.finish(x_TD, nothing(NUM_SAMPLE_COLUMNS, num_rows), (True, True))
     torch.cuda.synchronize(place.device)
     return torch.cuda.max_memory_allocated(place.device) - before
 

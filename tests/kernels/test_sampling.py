@@ -235,6 +235,19 @@ def test_no_rows_and_rows_of_a_wider_tensor(sample, device) -> None:
         assert [x.shape for x in sample(wide_LV[:0], **empty)] == [(0,), (0,)]
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, 128, 300])
+def test_tokens_are_kept_by_seat_and_failed_rows_marked(num_rows, device) -> None:
+    draw = torch.Generator().manual_seed(num_rows)
+    seats_L = torch.randperm(400, generator=draw)[:num_rows].int().to(device)
+    tokens_L = torch.randint(1, 1000, (num_rows,), generator=draw).int().to(device)
+    is_finite_L = (torch.rand(num_rows, generator=draw) < 0.7).to(device)
+    kept, expected = (torch.full((400,), -7, dtype=torch.int32, device=device) for _ in range(2))
+    samples_L = sampling.keep_tokens(tokens_L, is_finite_L, seats_L=seats_L, last_tokens_S=kept)
+    expected_L = oracle.keep_tokens(tokens_L, is_finite_L, seats_L=seats_L, last_tokens_S=expected)
+    assert samples_L.tolist() == expected_L.tolist() and kept.tolist() == expected.tolist()
+    assert (kept != -7).sum() == num_rows and (samples_L == oracle.NOT_FINITE).sum() == (~is_finite_L).sum()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied"])

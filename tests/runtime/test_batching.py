@@ -41,12 +41,11 @@ def make_plan(*works: tuple[int, int, int, list[int]], samples: list[int]) -> St
 def test_single_tokens_come_first_and_offsets_follow() -> None:
     plan = make_plan((3, 0, 3, [7, 8, 9]), (1, 40, 1, []), (2, 16, 2, [5, 6]), (4, 9, 1, [2]), samples=[0, 1, 1, 1])
     words = step_words(plan, Rows(8, 4, torch.device("cpu")))
-    columns = words.sections[0].reshape(5, -1)
+    columns = words.columns
     assert words.order.tolist() == [1, 3, 0, 2]
     assert words.num_decodes == 2
     assert columns.tolist() == [[1, 4, 3, 2], [40, 9, 0, 16], [1, 1, 3, 2], [0, 1, 2, 5], [-1, 5, 0, 3]]
-    assert words.sections[2].tolist() == [0, 1, 6]
-    assert words.sections[3].tolist() == [1, 4, 2]
+    assert words.samples.tolist() == [[0, 1, 6], [1, 4, 2], [41, 10, 18]]
     assert (words.num_tokens, words.max_query_len, words.max_context_len) == (7, 3, 41)
 
 
@@ -69,14 +68,16 @@ def test_flags_follow_the_sampled_rows_only() -> None:
 def test_seats_and_blocks_reach_the_tables() -> None:
     rows = Rows(4, 4, torch.device("cpu"))
     plan = make_plan((2, 0, 1, [3]), samples=[1])
-    plan.seats = (Seat(2, 9, array("i", [11, 12]), PLAIN),)
+    params_of_seat = RowParams(0.7, 50, 0.9, 0.05, 2**63 - 5)
+    plan.seats = (Seat(2, 9, array("i", [11, 12]), params_of_seat),)
     plan.blocks = array("i", [1, 3, 13])
     words = step_words(plan, rows)
-    places, blocks, seated, params = (torch.from_numpy(s.copy()) for s in words.sections[4:8])
+    places, blocks, seated, params = (torch.from_numpy(s.copy()) for s in words.deltas[:4])
     rows.scatter(places, blocks, seated, params.view(1, -1))
     assert rows.block_tables_SM[2, :2].tolist() == [11, 12]
     assert rows.block_tables_SM[1, 3] == 13
-    assert np.array_equal(rows.params_S6[2].numpy(), param_words(PLAIN))
+    kept = np.append(rows.params_4S[:, 2].numpy(), rows.seeds_S[2:3].view(torch.int32).numpy())
+    assert np.array_equal(kept, param_words(params_of_seat))
 
 
 def test_parameter_words_keep_their_bits() -> None:
@@ -119,11 +120,10 @@ def test_verified() -> None:
 def test_a_decode_step_is_padded_by_rows_of_the_dummy_seat() -> None:
     plan = make_plan((3, 7, 1, [9]), (1, 40, 1, []), (2, 16, 1, []), samples=[1, 1, 1])
     words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
-    columns = words.sections[0].reshape(NUM_ROW_COLUMNS, -1)
+    columns = words.columns
     assert columns.tolist() == [[3, 1, 2, 0], [7, 40, 16, 0], [1, 1, 1, 1], [0, 1, 2, 3], [0, -1, -1, -1]]
-    assert words.sections[1].tolist() == [9, 0, 0, 0]
-    assert words.sections[2].tolist() == [0, 1, 2, 0]
-    assert words.sections[3].tolist() == [3, 1, 2, 0]
+    assert words.tokens.tolist() == [9, 0, 0, 0]
+    assert words.samples.tolist() == [[0, 1, 2, 0], [3, 1, 2, 0], [8, 41, 17, 0]]
     assert (words.num_rows, words.num_tokens, words.num_decodes, words.num_samples) == (3, 4, 4, 4)
     result = step_result(plan, words, np.array([70, 71, 72, 99], np.int32), 0.0)
     assert result.tokens.tolist() == [70, 71, 72]
@@ -132,7 +132,7 @@ def test_a_decode_step_is_padded_by_rows_of_the_dummy_seat() -> None:
 def test_a_mixed_step_is_padded_by_empty_rows_and_tokens_of_no_row() -> None:
     plan = make_plan((3, 0, 8, list(range(8))), (1, 40, 1, []), samples=[0, 1])
     words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
-    columns = words.sections[0].reshape(NUM_ROW_COLUMNS, -1)
+    columns = words.columns
     assert columns.tolist() == [
         [1, 3, 0, 0, 0],
         [40, 0, 0, 0, 0],
@@ -140,12 +140,12 @@ def test_a_mixed_step_is_padded_by_empty_rows_and_tokens_of_no_row() -> None:
         [0, 1, 9, 9, 9],
         [-1, 0, -1, -1, -1],
     ]
-    assert len(words.sections[1]) == words.num_tokens == 16
-    assert words.sections[2].tolist() == [0]
+    assert len(words.tokens) == words.num_tokens == 16
+    assert words.samples.tolist() == [[0], [1], [41]]
     assert (words.num_rows, words.num_decodes, words.num_samples) == (2, 5, 1)
 
 
 def test_a_step_beyond_the_shapes_keeps_its_own() -> None:
     plan = make_plan((3, 0, 17, list(range(17))), samples=[1])
     words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
-    assert (words.num_tokens, words.num_decodes, words.sections[0].size) == (17, 0, NUM_ROW_COLUMNS)
+    assert (words.num_tokens, words.num_decodes, words.columns.shape) == (17, 0, (NUM_ROW_COLUMNS, 1))

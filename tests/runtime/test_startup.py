@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillm import LLM, SamplingParams
 from minillm.runtime.batching import PaddedShapes
-from minillm.runtime.cuda_graphs import SAMPLING_KINDS, Hidden, padded_shapes, run_each_shape
+from minillm.runtime.cuda_graphs import SAMPLING_KINDS, padded_shapes, run_each_shape
 
 
 class Notes:
@@ -21,14 +21,14 @@ class Notes:
         self.finished: list[tuple[int, tuple[bool, bool]]] = []
         self.edited: list[tuple[bool, bool]] = []
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Hidden:
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
         self.layers.append((columns_5R.shape[1], tokens_T.shape[0]))
-        return Hidden(*torch.zeros(3, tokens_T.shape[0], 1))
+        return torch.zeros(tokens_T.shape[0], 1)
 
-    def finish(self, hidden: Hidden, rows_L: Tensor, seats_L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        assert rows_L.shape == seats_L.shape and rows_L.max() < hidden.x_TD.shape[0]
-        self.finished.append((rows_L.shape[0], kind))
-        return rows_L
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        assert samples_3L[0].max() < x_TD.shape[0]
+        self.finished.append((samples_3L.shape[1], kind))
+        return samples_3L[0]
 
     def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
         self.edited.append(kind)
