@@ -1,7 +1,7 @@
 """A small model drafts: each guess is a short generation on a scheduler, cache and runner of its own.
 
-It samples as the large model does, with the noise of the same seed and position, so guesses agree as often as the two
-models do. What it computed for a request is found again in its prefix cache, but for the tokens since the last full
+It samples as the large model does, after the same penalties and bans and with the noise of the same seed and position,
+so guesses agree as often as the two models do (a grammar alone it does not follow). What it computed for a request is found again in its prefix cache, but for the tokens since the last full
 block. It knows of the large model only the requests' tokens.
 """
 
@@ -37,12 +37,11 @@ class DraftModel:
         self._keys.pop(request.number, None)
 
     def _twin(self, request: Request, num_drafts: int) -> Request:
-        params = request.params
         twin = Request(
             request.number,
             request.tokens,
             max_tokens=num_drafts,
-            params=RowParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed),
+            params=drafting_params(request.params),
             stop_token_ids=request.stop_token_ids,
             priority=request.priority,
             salt=request.salt,
@@ -66,3 +65,9 @@ class DraftModel:
             if in_flight is not None:
                 scheduler.update(in_flight[0], in_flight[1].wait())
             in_flight = None if plan is None or behind is None else (plan, behind)
+
+
+def drafting_params(params: RowParams) -> RowParams:
+    """A row's own parameters, but for what is reported beside its tokens and for masks that only its engine makes."""
+    edits = None if params.edits is None else params.edits._replace(has_grammar=False)
+    return params._replace(edits=edits, num_logprobs=-1, num_prompt_logprobs=-1)

@@ -239,6 +239,24 @@ def test_a_small_model_drafts(alone: dict[str, list[list[int]]], small: str, var
             assert rates == [1.0] * len(rates) if small == MODEL else max(rates) < 1.0
 
 
+def test_a_small_model_heeds_penalties_and_bans() -> None:
+    """It guesses after the same edits of its logits, so all drafts of the model itself hold here too."""
+    edits: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "logit_bias": {7: 1.0}},
+        {"presence_penalty": 0.5, "bad_words": ["baba bade"], "min_tokens": 3, "temperature": 0.7},
+        {"allowed_token_ids": list(range(3, 400, 2)), "logprobs": 2, "prompt_logprobs": 1, "temperature": 0.7},
+    ]
+    params = [SamplingParams(**({"temperature": 0.0} | e), seed=3, max_tokens=20, ignore_eos=True) for e in edits]
+    batch = prompts()[1:4]
+    with LLM(MODEL, **BASE) as llm:
+        expected = [tokens_of(llm, [p], [each])[0] for p, each in zip(batch, params, strict=True)]
+    with LLM(MODEL, **(BASE | {"speculative": MODEL, "num_drafts": 4})) as llm:
+        force(llm, Fixed(4))
+        outputs = llm.generate(batch, params)
+    assert [out.token_ids for out in outputs] == expected
+    assert [out.timings.acceptance_rate for out in outputs] == [1.0] * 3
+
+
 def test_a_small_model_finds_what_it_computed() -> None:
     """A long prompt is computed once, then no more than a block of it and what was gained since."""
     with LLM(MODEL, **(BASE | {"speculative": MODEL, "num_drafts": 4})) as llm:
