@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_SIZE = 2**31 - 1
 MAX_DRAFTS = 32
-NGRAM_DRAFTS, MODEL_DRAFTS = 8, 4
+NGRAM_DRAFTS, MODEL_DRAFTS = 7, 4
 NGRAM = "ngram"
 MAX_SIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -70,7 +70,7 @@ class EngineConfig:
     """Who drafts tokens for the model to verify, which changes no output: ngram (what followed the last tokens when
     they appeared before) or the name of a small model with the same tokeniser. None drafts nothing."""
     num_drafts: int | None = None
-    """Most drafts of a request in a step, 1 to 32; None is 8 for ngram, 4 for a model. Fewer if they do not pay."""
+    """Most drafts of a request in a step, 1 to 32; None is 7 for ngram, 4 for a model. Fewer if they do not pay."""
     draft_device: str | None = None
     """Where the small model runs: cpu, cuda or cuda:N; None is beside the large one."""
     recorded_steps: int = 512

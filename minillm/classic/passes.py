@@ -128,6 +128,7 @@ def forward_batch(
         rows_R=columns_5R[0],
         block_tables_SM=cache.tables_BM,
         num_decodes=counts.count(1),
+        shares_tables=len({part.row for part in parts}) < len(parts),
         max_query_len=max(counts),
         max_context_len=max(start + count for start, count in zip(starts, counts, strict=True)),
         attention=attention,

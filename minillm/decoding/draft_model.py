@@ -1,8 +1,9 @@
 """A small model drafts: each guess is a short generation on a scheduler, cache and runner of its own.
 
 It samples as the large model does, after the same penalties and bans and with the noise of the same seed and position,
-so guesses agree as often as the two models do (a grammar alone it does not follow). What it computed for a request is found again in its prefix cache, but for the tokens since the last full
-block. It knows of the large model only the requests' tokens.
+so guesses agree as often as the two models do (a grammar alone it does not follow). What it computed for a request is
+found again in its prefix cache, but for the tokens since the last full block. It knows of the large model only the
+requests' tokens.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 class ForwardBatch:
     """A step's inputs. Rows with one query token come first; padding may add empty rows behind all others.
 
-    tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks, drafts)
+    tokens  | d d d | c c c c c c c | c c c c |      d: rows of one token, c: rows of several (chunks)
     rows    | 0 1 2 |       3       |    4    |      query_starts: 0 1 2 3 10 14
     """
 
@@ -38,6 +38,8 @@ class ForwardBatch:
     num_decodes: int
     """Rows in front that may have exactly one query token; none behind them has, and those among them that have none or
     several are not decodes."""
+    shares_tables: bool = False
+    """Whether rows of one token may be of one request: each attends to those before it in the same step."""
     max_query_len: int
     """Upper bound of query tokens per row, known on the host."""
     max_context_len: int

@@ -40,8 +40,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
         """x_TD -> y_TD; the tokens' keys and values are written to `kv_2BKPH` first."""
+        y_TD: Tensor = self.out(self.attend(self.qkv(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
+        return y_TD
+
+    def attend(self, qkv_TC: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
+        """What lies between the two products -> o_TNH."""
         q_TNH = self.ops.rotary_and_store(
-            self.qkv(x_TD),
+            qkv_TC,
             cos_sin_EH=cos_sin_EH,
             positions_T=batch.positions_T,
             slots_T=batch.slots_T,
@@ -54,7 +59,7 @@ class Attention(nn.Module):
             **batch.shared,
         )
         attention = self.ops.attention if batch.attention is None else batch.attention
-        o_TNH = attention(
+        o_TNH: Tensor = attention(
             q_TNH,
             kv_2BKPH=kv_2BKPH,
             block_tables_SM=batch.block_tables_SM,
@@ -67,8 +72,27 @@ class Attention(nn.Module):
             max_context_len=batch.max_context_len,
             **batch.shared,
         )
-        y_TD: Tensor = self.out(o_TNH.flatten(1))
-        return y_TD
+        return o_TNH
+
+    def attend_fused(self, qkv_TC: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
+        """`attend` for rows of one token, all of different requests: no row's keys wait for another's."""
+        o_TNH: Tensor = self.ops.fused_decode(
+            qkv_TC,
+            cos_sin_EH=cos_sin_EH,
+            slots_T=batch.slots_T,
+            kv_2BKPH=kv_2BKPH,
+            q_norm_H=None if self.q_norm is None else self.q_norm.weight,
+            k_norm_H=None if self.k_norm is None else self.k_norm.weight,
+            eps=self.eps,
+            num_heads=self.num_heads,
+            block_tables_SM=batch.block_tables_SM,
+            rows_R=batch.rows_R,
+            query_starts_R1=batch.query_starts_R1,
+            context_lens_R=batch.context_lens_R,
+            scale=self.scale,
+            max_context_len=batch.max_context_len,
+        )
+        return o_TNH
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target)."""
@@ -132,22 +156,10 @@ class DecoderLayer(nn.Module):
         """`forward` for a few rows of one token, by the kernel set's fused products: adds all to `residual_TD`."""
         ops, attention, feed_forward = self.ops, self.attention, self.feed_forward
         qkv, out, gate_up, down = attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down
-        o_TNH = ops.fused_decode(
-            ops.norm_linear(residual_TD, self.input_norm.weight, self.eps, qkv.weight, qkv.bias),
-            cos_sin_EH=cos_sin_EH,
-            slots_T=batch.slots_T,
-            kv_2BKPH=kv_2BKPH,
-            q_norm_H=None if attention.q_norm is None else attention.q_norm.weight,
-            k_norm_H=None if attention.k_norm is None else attention.k_norm.weight,
-            eps=self.eps,
-            num_heads=attention.num_heads,
-            block_tables_SM=batch.block_tables_SM,
-            rows_R=batch.rows_R,
-            query_starts_R1=batch.query_starts_R1,
-            context_lens_R=batch.context_lens_R,
-            scale=attention.scale,
-            max_context_len=batch.max_context_len,
-        )
+        qkv_TC = ops.norm_linear(residual_TD, self.input_norm.weight, self.eps, qkv.weight, qkv.bias)
+        # One kernel that writes a row's key and reads the others' cannot give a row the keys written in the same step.
+        attend = attention.attend if batch.shares_tables else attention.attend_fused
+        o_TNH = attend(qkv_TC, batch, kv_2BKPH, cos_sin_EH)
         ops.add_linear(residual_TD, o_TNH.flatten(1), out.weight, out.bias)
         y_TF = ops.norm_gated_linear(residual_TD, self.post_norm.weight, self.eps, gate_up.weight, gate_up.bias)
         ops.add_linear(residual_TD, y_TF, down.weight, down.bias)

@@ -8,7 +8,10 @@ It knows columns, not tensors: the runner copies the words and `kernels.step_inp
 
 Rows with one token come first, each group in the plan's order. On a GPU a step is padded to one of a few shapes, those
 of CUDA graphs, and of eager steps just as well: a decode step by rows of seat 0 with one token, a mixed one by empty
-rows and by tokens of no row, the logits of both by the first token of the batch.
+rows and by tokens of no row, the logits of both by the first token of the batch. There a row with drafts becomes rows
+of one token each, which share a seat, so that drafts take the kernels of decodes.
+
+    plan  | request 7: token, 3 drafts | request 9: token |        batch  | 7 | 7 | 7 | 7 | 9 |
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class PaddedShapes:
 
     decode_sizes: tuple[int, ...] = ()
     """Rows of a step in which every row computes one token and samples it; rows of logits of any step."""
+    draft_sizes: tuple[int, ...] = ()
+    """Rows of the same if some are drafts: they share a seat. Empty: rows with drafts stay whole."""
     mixed_sizes: tuple[int, ...] = ()
     """Tokens of any other step."""
     num_rows: int = 0
@@ -103,12 +108,14 @@ class StepWords:
     num_logits: Ints
     """Rows of logits that are sampled, per row of the batch."""
     num_rows: int
-    """Rows of the batch, padding not counted; the three below count it."""
+    """Rows of the plan; the three below count those of the batch, padding too."""
     num_tokens: int
     num_decodes: int
     """Rows in front that may have one token; none behind them has."""
     num_samples: int
     """Rows of logits."""
+    has_drafts: bool
+    """Whether rows in front may share a seat."""
     max_query_len: int
     max_context_len: int
     is_random: bool
@@ -124,9 +131,9 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     seated_rows, params = rows.seat(plan)
     places, blocks = rows.block_words(plan)
     counts = column(plan.counts)
-    is_long = counts > 1
-    order = np.argsort(is_long, kind="stable").astype(np.int32)
-    counts, is_long = counts[order], is_long[order]
+    parts = draft_parts(plan, shapes)
+    order = np.argsort(counts > parts, kind="stable").astype(np.int32)
+    counts, parts = counts[order], parts[order]
     num_tokens = column(plan.num_tokens)
     token_offsets = np.where(num_tokens > 0, np.cumsum(num_tokens) - num_tokens, -1)[order]
     ends = np.cumsum(counts, dtype=np.int32)
@@ -139,9 +146,13 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
     tokens = column(plan.tokens)
     is_random, is_filtered = (bool(kind[logit_seats].any()) for kind in (rows.is_random_S, rows.is_filtered_S))
-    num_batched, num_decodes = int(ends[-1]), int(len(order) - is_long.sum())
-    if num_decodes == len(order) and num_logits.all():
-        columns = with_rows(columns, padded_size(num_decodes, shapes.decode_sizes), num_decodes, tokens_each=1)
+    has_drafts = bool(parts.max() > 1)
+    if has_drafts:
+        columns = split_rows(columns, parts)
+    num_batched, num_decodes = int(ends[-1]), int((columns[2] == 1).sum())
+    if num_decodes == num_batched and num_logits.all():
+        sizes = shapes.draft_sizes if has_drafts else shapes.decode_sizes
+        columns = with_rows(columns, padded_size(num_decodes, sizes), num_decodes, tokens_each=1)
         num_batched = num_decodes = columns.shape[1]
     elif num_batched <= max(shapes.mixed_sizes, default=0):
         columns = with_rows(columns, shapes.num_rows, num_batched, tokens_each=0)
@@ -161,11 +172,28 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
         num_tokens=num_batched,
         num_decodes=num_decodes,
         num_samples=samples.shape[1],
-        max_query_len=int(counts.max()),
+        has_drafts=has_drafts,
+        max_query_len=int(columns[2].max()),
         max_context_len=int((starts + counts).max()),
         is_random=is_random,
         is_filtered=is_filtered,
     )
+
+
+def draft_parts(plan: StepPlan, shapes: PaddedShapes) -> Ints:
+    """Rows of the batch that a planned row becomes: each token one if they are a last token and its drafts."""
+    counts, num_samples = column(plan.counts), column(plan.num_samples)
+    parts = np.where(counts == num_samples, counts, 1)
+    return parts if shapes.draft_sizes and parts.sum() <= shapes.num_rows else np.ones_like(counts)
+
+
+def split_rows(columns: Ints, parts: Ints) -> Ints:
+    """Row columns with parts[i] rows for row i, one for each of its tokens where that is more than one."""
+    owners, within = places_of(parts)
+    columns = columns[:, owners]
+    columns[[1, 3, 4]] += within  # start, first token, offset: 0 for rows that stay whole
+    columns[2] -= parts[owners] - 1
+    return columns
 
 
 def column(values: array[int]) -> Ints:

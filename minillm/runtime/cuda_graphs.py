@@ -24,8 +24,8 @@ from minillm.runtime.step_buffer import StepBuffer
 STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 8193, 512))
 """Tokens that mixed steps are padded to. The large ones are graphs too: a kernel of tensor descriptors takes longer to
 launch from Python than a layer of 8,192 tokens takes to run."""
-DRAFT_TOKENS = (8, 16, 32)
-"""Sizes of small mixed steps, for engines that draft."""
+DRAFT_ROWS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, *range(256, 8193, 128))
+"""Those sizes of a decode step that one with drafts may have, for engines that draft; and the largest."""
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 """(is_random, is_filtered)."""
 
@@ -33,7 +33,7 @@ SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 class Stages(Protocol):
     """The two parts of a step (the runner has them)."""
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool = False) -> Tensor:
         """Hidden states [T, D] of a padded step, for rows of any length."""
 
     def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
@@ -53,17 +53,18 @@ class FinishGraph(NamedTuple):
 def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: bool = False) -> PaddedShapes:
     """Rows of decode steps: 1, 2, 4, then by 8 to 256, by 16 to 512, by 32 on; tokens of mixed ones: up to 8,192.
 
-    With `is_drafting` there are mixed steps of fewer tokens too: a row or two and their drafts.
+    With `is_drafting` there are steps of decodes and drafts too.
 
     >>> padded_shapes(20, 300)
-    PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), mixed_sizes=(64, 128, 256, 384), num_rows=25)
+    PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), draft_sizes=(), mixed_sizes=(64, 128, 256, 384), num_rows=25)
     """
     rows = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_num_seqs + 32, 32)]
     decode_sizes = reaching(rows, max_num_seqs)
     # A row more than any decode step has: an odd number, which never is a number of tokens.
     return PaddedShapes(
         decode_sizes=decode_sizes,
-        mixed_sizes=reaching([*(DRAFT_TOKENS if is_drafting else ()), *STEP_TOKENS], max_num_batched_tokens),
+        draft_sizes=tuple(size for size in decode_sizes if is_drafting and size in (*DRAFT_ROWS, decode_sizes[-1])),
+        mixed_sizes=reaching(STEP_TOKENS, max_num_batched_tokens),
         num_rows=decode_sizes[-1] + 1,
     )
 
@@ -73,30 +74,31 @@ def reaching(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
     return tuple(size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < largest)
 
 
-def layer_shapes(shapes: PaddedShapes) -> list[tuple[int, int]]:
-    """(rows, tokens) of every padded step, the largest first.
+def layer_shapes(shapes: PaddedShapes) -> list[tuple[int, int, bool]]:
+    """(rows, tokens, has_drafts) of every padded step, the largest first.
 
-    >>> layer_shapes(PaddedShapes(decode_sizes=(1, 2), mixed_sizes=(64,), num_rows=3))
-    [(3, 64), (2, 2), (1, 1)]
+    >>> layer_shapes(PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), num_rows=3))
+    [(3, 64, False), (2, 2, False), (2, 2, True), (1, 1, False)]
     """
-    decodes = [(size, size) for size in shapes.decode_sizes]
-    mixed = [(shapes.num_rows, size) for size in shapes.mixed_sizes]
-    return sorted(decodes + mixed, key=lambda shape: shape[1], reverse=True)
+    decodes = [(size, size, False) for size in shapes.decode_sizes]
+    drafts = [(size, size, True) for size in shapes.draft_sizes]
+    mixed = [(shapes.num_rows, size, False) for size in shapes.mixed_sizes]
+    return sorted(decodes + drafts + mixed, key=lambda shape: shape[1], reverse=True)
 
 
-def padding(num_rows: int, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padding(num_rows: int, num_tokens: int, has_drafts: bool, device: torch.device) -> tuple[Tensor, Tensor, bool]:
     """A step of nothing but padding: rows of seat 0 with one token each, or empty rows and tokens of no row."""
     columns_5R = torch.zeros(NUM_ROW_COLUMNS, num_rows, dtype=torch.int32, device=device)
     if num_rows == num_tokens:
         columns_5R[2] = 1
         columns_5R[3] = torch.arange(num_rows, device=device)
-    return columns_5R, torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    return columns_5R, torch.zeros(num_tokens, dtype=torch.int32, device=device), has_drafts
 
 
 @torch.inference_mode()
 def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device: torch.device) -> None:
     """Run padding in every padded shape, and in one of `max_tokens`: all kernels that steps launch."""
-    x_TD = stages.run_layers(*padding(shapes.num_rows, max_tokens, device))
+    x_TD = stages.run_layers(*padding(shapes.num_rows, max_tokens, False, device))
     for size in reversed(shapes.decode_sizes):
         samples_3L = torch.zeros(NUM_SAMPLE_COLUMNS, size, dtype=torch.int32, device=device)
         for kind in SAMPLING_KINDS:
@@ -124,9 +126,9 @@ class StepGraphs:
         """Graphs in all."""
         return len(self._layers) + len(self._finish)
 
-    def run_layers(self, num_rows: int, num_tokens: int) -> Tensor | None:
+    def run_layers(self, num_rows: int, num_tokens: int, has_drafts: bool) -> Tensor | None:
         """Replay the layers of the step in the buffer; None if its shape was not captured."""
-        graph = self._layers.get((num_rows, num_tokens))
+        graph = self._layers.get((num_rows, num_tokens, has_drafts and num_rows == num_tokens))
         if graph is None:
             return None
         graph.replay()
@@ -143,14 +145,15 @@ class StepGraphs:
         captured.graph.replay()
         return captured.samples_L
 
-    def _capture_layers(self, num_rows: int, num_tokens: int) -> torch.cuda.CUDAGraph:
-        _, *inputs = self._buffer.inputs(0, num_rows, num_tokens)
-        for place, part in zip(inputs, padding(num_rows, num_tokens, self._device), strict=True):
-            place.copy_(part)
-        self._stages.run_layers(*inputs)  # outside a capture: libraries are set up
+    def _capture_layers(self, num_rows: int, num_tokens: int, has_drafts: bool) -> torch.cuda.CUDAGraph:
+        inputs = padding(num_rows, num_tokens, has_drafts, self._device)
+        _, columns_5R, tokens_T = self._buffer.inputs(0, num_rows, num_tokens)
+        columns_5R.copy_(inputs[0])
+        tokens_T.copy_(inputs[1])
+        self._stages.run_layers(columns_5R, tokens_T, has_drafts)  # outside a capture: libraries are set up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._x_TD[:num_tokens].copy_(self._stages.run_layers(*inputs))
+            self._x_TD[:num_tokens].copy_(self._stages.run_layers(columns_5R, tokens_T, has_drafts))
         return graph
 
     def _capture_finish(self, num_samples: int, kind: tuple[bool, bool]) -> FinishGraph:

@@ -127,11 +127,11 @@ class Runner:
         """Drop the steps that nobody waited for."""
         self._queue.clear()
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool = False) -> Tensor:
         """Hidden states [T, D] of a padded step, for rows of any length: what a graph holds."""
         num_rows, num_tokens = columns_5R.shape[1], tokens_T.shape[0]
         max_query_len = 1 if num_rows == num_tokens else num_tokens  # a decode step, or a mixed one
-        bounds = Bounds(num_tokens, num_rows, max_query_len, self.rows.max_blocks * self.block_size)
+        bounds = Bounds(num_tokens, num_rows, has_drafts, max_query_len, self.rows.max_blocks * self.block_size)
         return self._run_layers(bounds, columns_5R, tokens_T)
 
     def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
@@ -249,7 +249,8 @@ class Runner:
         if words.edits is not None:
             edits = StepEdits(words.edits, to_device(words.edits.sections, self.device))
             self._edits.seat(edits)
-        x_TD = None if self._graphs is None else self._graphs.run_layers(columns_5R.shape[1], len(tokens_T))
+        shape = (columns_5R.shape[1], len(tokens_T), words.has_drafts)
+        x_TD = None if self._graphs is None else self._graphs.run_layers(*shape)
         if x_TD is None:
             x_TD = self._run_layers(self._bounds(words), columns_5R, tokens_T)
         return Passed(x_TD, samples_3L, edits)
@@ -274,7 +275,7 @@ class Runner:
             return words
         # The bound on contexts is that of captured steps: a step of short rows alone would want kernels of its own.
         longest = self.rows.max_blocks * self.block_size
-        return Bounds(words.num_tokens, words.num_decodes, words.max_query_len, longest)
+        return Bounds(words.num_tokens, words.num_decodes, words.has_drafts, words.max_query_len, longest)
 
     def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
         expanded = expand_step_inputs(
@@ -294,6 +295,7 @@ class Runner:
             rows_R=columns_5R[0],
             block_tables_SM=self.rows.block_tables_SM,
             num_decodes=bounds.num_decodes,
+            shares_tables=bounds.has_drafts,
             max_query_len=bounds.max_query_len,
             max_context_len=bounds.max_context_len,
         )
@@ -305,6 +307,7 @@ class Bounds(NamedTuple):
 
     num_tokens: int
     num_decodes: int
+    has_drafts: bool
     max_query_len: int
     max_context_len: int
 

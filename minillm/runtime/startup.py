@@ -272,7 +272,7 @@ def worst_step_bytes(model: Transformer, place: Place, sizes: StepSizes) -> int:
     before = torch.cuda.memory_allocated(place.device)
     with torch.inference_mode():
         nothing = partial(torch.zeros, dtype=torch.int32, device=place.device)
-        x_TD = runner.run_layers(*padding(num_rows, sizes.max_num_batched_tokens, place.device))
+        x_TD = runner.run_layers(*padding(num_rows, sizes.max_num_batched_tokens, False, place.device))
         runner.finish(x_TD, nothing(NUM_SAMPLE_COLUMNS, num_rows), (True, True))
     torch.cuda.synchronize(place.device)
     return torch.cuda.max_memory_allocated(place.device) - before

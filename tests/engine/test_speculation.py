@@ -16,6 +16,7 @@ from minillm.core.scheduler import Scheduler
 from minillm.decoding.controller import Controller, Fixed
 from minillm.decoding.draft_model import DraftModel
 from minillm.errors import ConfigError
+from minillm.runtime.cuda_graphs import padded_shapes
 from tests.engine.test_invariance import BASE, PARAMS, TIGHT, params_of, preempted_prompts, prompts, tokens_of
 
 MODEL = "random:tiny-llama"
@@ -91,6 +92,26 @@ def test_same_tokens_with_good_and_bad_drafts(
             rates = [out.timings.acceptance_rate for out in outputs]
             assert None not in rates, "a request had no drafts: the case tests nothing"
             assert {0.0: min(rates) == 1.0, 0.3: 0.0 < max(rates), 1.0: max(rates) == 0.0}[chance]
+
+
+def test_same_tokens_with_a_row_for_each_draft(alone: dict[str, list[list[int]]]) -> None:
+    """As on a GPU, where drafts are rows that share a seat; beside chunks too, and whole when they are too many."""
+    seen = set()
+    for most in (40, 8):
+        shapes = replace(padded_shapes(most, 64, is_drafting=True), mixed_sizes=())  # no CPU kernel takes empty rows
+        with LLM(MODEL, **(OPTIONS | {"max_num_batched_tokens": 32})) as llm:
+            llm._runner.shapes = shapes
+            run_layers = llm._runner._run_layers
+
+            llm._runner._run_layers = lambda bounds, *inputs, most=most, run=run_layers: (  # type: ignore
+                seen.add((most, bounds.has_drafts, bounds.max_query_len > 1)) or run(bounds, *inputs)  # type: ignore
+            )
+            for kind, params in PARAMS.items():
+                texts = [prompt + output for prompt, output in zip(prompts(), alone[kind], strict=True)]
+                force(llm, Fixed(4), Foreseen(texts, 0.3))
+                assert [out.token_ids for out in llm.generate(prompts(), params)] == alone[kind]
+    beside_chunks, alone_in_a_step = {(40, True, True)}, {(40, True, False), (8, True, False)}
+    assert seen >= beside_chunks | alone_in_a_step | {(8, False, True)}, "a kind of step did not come up"
 
 
 @pytest.mark.parametrize("kind", PARAMS)

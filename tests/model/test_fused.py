@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,36 @@ def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monk
         assert (logits - expected).abs().max() <= 1e-4
     num_layers = model.config.num_layers
     assert calls == [2] * num_layers + [1] * num_layers
+
+
+def test_rows_of_one_sequence_see_each_other(
+    tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts: fused products, and keys that are all written before any is read."""
+    folder, oracle = tiny_checkpoint
+    files = resolve(str(folder))
+    model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
+    load_weights(model, files)
+    sequence = torch.randint(0, model.config.vocab_size, (22,), generator=torch.Generator().manual_seed(2)).tolist()
+    run = PagedRun(model, [sequence])
+    run.step([17])
+    model.max_fused_rows = 8
+    _, batch = run.batch([5])
+    as_rows = replace(
+        batch,
+        rows_R=batch.rows_R.repeat(5),
+        query_starts_R1=torch.arange(6, dtype=torch.int32),
+        context_lens_R=batch.positions_T + 1,
+        num_decodes=5,
+        max_query_len=1,
+        shares_tables=True,
+    )
+    for other in ("fused_decode", "silu_mul"):  # what takes rows of different sequences, and what fuses nothing
+        monkeypatch.setattr(gpu, other, None)
+    with torch.no_grad():
+        logits = model(as_rows, run.kv_cache, torch.arange(5))
+        expected = oracle(torch.tensor([sequence])).logits[0, 17:]
+    assert (logits - expected).abs().max() <= 1e-4
 
 
 def test_ranks_that_share_the_work_fuse_nothing(tiny_checkpoint: tuple[Path, Any]) -> None:

@@ -149,3 +149,39 @@ def test_a_step_beyond_the_shapes_keeps_its_own() -> None:
     plan = make_plan((3, 0, 17, list(range(17))), samples=[1])
     words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), SHAPES)
     assert (words.num_tokens, words.num_decodes, words.columns.shape) == (17, 0, (NUM_ROW_COLUMNS, 1))
+
+
+DRAFT_SHAPES = PaddedShapes(decode_sizes=(1, 2, 4, 8), draft_sizes=(4, 8), mixed_sizes=(16,), num_rows=9)
+
+
+def test_drafts_become_rows_of_one_token() -> None:
+    plan = make_plan((1, 9, 3, [4, 20, 21]), (2, 3, 1, []), (3, 5, 2, [6, 30]), samples=[3, 1, 2])
+    words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), DRAFT_SHAPES)
+    columns = words.columns
+    assert columns.tolist() == [
+        [1, 1, 1, 2, 3, 3, 0, 0],
+        [9, 10, 11, 3, 5, 6, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [0, 1, 2, -1, 3, 4, -1, -1],
+    ]
+    assert words.samples[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert words.samples[1].tolist() == [1, 1, 1, 2, 3, 3, 0, 0]
+    assert words.samples[2].tolist() == [10, 11, 12, 4, 6, 7, 0, 0]
+    assert (words.num_rows, words.num_tokens, words.num_decodes, words.num_samples) == (3, 8, 8, 8)
+    assert (words.has_drafts, words.max_query_len, words.max_context_len) == (True, 1, 12)
+    result = step_result(plan, words, np.array([20, 99, 88, 70, 31, 90, 0, 0], np.int32), 0.0)
+    assert (result.counts.tolist(), result.tokens.tolist()) == ([2, 1, 1], [20, 99, 70, 31])
+
+
+def test_drafts_are_split_beside_chunks_and_stay_whole_when_they_are_too_many() -> None:
+    plan = make_plan((4, 0, 5, list(range(5))), (1, 9, 3, [4, 20, 21]), samples=[0, 3])
+    words = padded_step_words(plan, Rows(8, 4, torch.device("cpu")), DRAFT_SHAPES)
+    columns = words.columns
+    assert words.order.tolist() == [1, 0]
+    assert columns[:, :4].tolist() == [[1, 1, 1, 4], [9, 10, 11, 0], [1, 1, 1, 5], [0, 1, 2, 3], [5, 6, 7, 0]]
+    assert (words.num_tokens, words.num_decodes, words.max_query_len) == (16, 9, 5)
+    assert words.samples[0].tolist()[:3] == [0, 1, 2]
+    many = make_plan(*((row, 9, 4, [4, 20, 21, 22]) for row in (1, 2, 3)), samples=[4] * 3)
+    words = padded_step_words(many, Rows(8, 4, torch.device("cpu")), DRAFT_SHAPES)
+    assert (words.has_drafts, words.max_query_len, words.num_decodes) == (False, 4, 9)

@@ -17,12 +17,12 @@ class Notes:
     """Stages that note what they are asked to run."""
 
     def __init__(self) -> None:
-        self.layers: list[tuple[int, int]] = []
+        self.layers: list[tuple[int, int, bool]] = []
         self.finished: list[tuple[int, tuple[bool, bool]]] = []
         self.edited: list[tuple[bool, bool]] = []
 
-    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
-        self.layers.append((columns_5R.shape[1], tokens_T.shape[0]))
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool) -> Tensor:
+        self.layers.append((columns_5R.shape[1], tokens_T.shape[0], has_drafts))
         return torch.zeros(tokens_T.shape[0], 1)
 
     def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
@@ -35,14 +35,15 @@ class Notes:
         return seats_K
 
 
+@pytest.mark.parametrize("is_drafting", [False, True])
 @pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(20, 300), (256, 8192), (40, 16)])
-def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int) -> None:
-    notes, shapes = Notes(), padded_shapes(max_num_seqs, max_tokens)
+def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int, is_drafting: bool) -> None:
+    notes, shapes = Notes(), padded_shapes(max_num_seqs, max_tokens, is_drafting)
     run_each_shape(notes, shapes, max_tokens, torch.device("cpu"))
-    mixed = [(shapes.num_rows, size) for size in shapes.mixed_sizes]
-    assert sorted(notes.layers) == sorted(
-        [(shapes.num_rows, max_tokens), *mixed, *((size, size) for size in shapes.decode_sizes)]
-    )
+    mixed = [(shapes.num_rows, size, False) for size in (max_tokens, *shapes.mixed_sizes)]
+    decodes = [(size, size, False) for size in shapes.decode_sizes]
+    drafts = [(size, size, True) for size in shapes.draft_sizes]
+    assert bool(drafts) is is_drafting and sorted(notes.layers) == sorted(mixed + decodes + drafts)
     assert sorted(notes.finished) == sorted((size, kind) for size in shapes.decode_sizes for kind in SAMPLING_KINDS)
     assert notes.edited == list(SAMPLING_KINDS)
 
@@ -50,8 +51,9 @@ def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int) -> None:
 def test_no_shape_of_graphs_is_missing() -> None:
     """A shape of rows and tokens for each size; a mixed step has more rows than any decode step."""
     notes = Notes()
-    run_each_shape(notes, PaddedShapes(decode_sizes=(1, 2), mixed_sizes=(64,), num_rows=3), 128, torch.device("cpu"))
-    assert notes.layers == [(3, 128), (3, 64), (2, 2), (1, 1)]
+    shapes = PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), num_rows=3)
+    run_each_shape(notes, shapes, 128, torch.device("cpu"))
+    assert notes.layers == [(3, 128, False), (3, 64, False), (2, 2, False), (2, 2, True), (1, 1, False)]
 
 
 @pytest.mark.gpu
