@@ -45,6 +45,9 @@ class Likeliest:
         """One draft where the last token is known."""
         return {r: [self._after[r.tokens[-1]]] for r in wanted if r.tokens[-1] in self._after}
 
+    def go_on(self) -> None:
+        """All is known beforehand."""
+
     def forget(self, request: Request) -> None:
         """The request ended."""
 

@@ -85,6 +85,9 @@ class NgramDrafter:
         """Up to the wanted number of drafts for each request."""
         return {request: self._index(request).guess(request.tokens, num) for request, num in wanted.items()}
 
+    def go_on(self) -> None:
+        """To look it up when the tokens are known costs less."""
+
     def forget(self, request: Request) -> None:
         """The request ended."""
         self._indices.pop(request.number, None)

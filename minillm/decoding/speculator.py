@@ -22,6 +22,9 @@ class Drafter(Protocol):
     def propose(self, wanted: Mapping[Request, int]) -> Mapping[Request, list[int]]:
         """Guesses at each request's next tokens, at most as many as wanted; a request may be left out."""
 
+    def go_on(self) -> None:
+        """The device has the step that verifies the last guesses: time to guess what follows them."""
+
     def forget(self, request: Request) -> None:
         """The request ended."""
 

@@ -241,7 +241,7 @@ class Engine:
         if self._in_flight is not None:
             return settled(self.scheduler, self._in_flight), False
         self.speculator.propose(generation.request for generation in self._live.values())
-        return plain_step(self.scheduler, self._masked, self.clock), True
+        return plain_step(self.scheduler, self._masked, self.clock, meanwhile=self.speculator.drafter.go_on), True
 
     def _note_drafts(self, verified: list[Verified]) -> None:
         for request, num_drafts, num_accepted in verified:

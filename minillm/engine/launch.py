@@ -65,7 +65,7 @@ def launch(model_name: str, config: EngineConfig) -> Launched:
         tokenizer=parts.tokenizer,
         overlap=config.overlap,
         seed=config.seed,
-        speculator=make_speculator(config, small, parts.started.sizes.max_num_samples),
+        speculator=make_speculator(config, small, parts.started),
     )
     return Launched(
         engine=engine, runner=parts.started.runner, tokenizer=parts.tokenizer, model_config=parts.model_config
@@ -137,9 +137,17 @@ def check_same_words(small: Parts, large: Parts) -> None:
             )
 
 
-def make_speculator(config: EngineConfig, small: Parts | None, max_num_samples: int) -> Speculator | None:
+def make_speculator(config: EngineConfig, small: Parts | None, large: Started) -> Speculator | None:
     """Whoever drafts, if anybody is to."""
     if config.speculative is None:
         return None
-    drafter = NgramDrafter() if small is None else DraftModel(small.scheduler, small.started.runner)
-    return Speculator(drafter, Controller(config.max_drafts), max_num_samples)
+    drafter = NgramDrafter() if small is None else make_draft_model(small, large.runner)
+    return Speculator(drafter, Controller(config.max_drafts), large.sizes.max_num_samples)
+
+
+def make_draft_model(small: Parts, large: Runner) -> DraftModel:
+    """The small model, which works on while the large one verifies, unless both compute on the CPU's few cores."""
+    runner = small.started.runner
+    runner.use_own_stream()
+    kinds = (runner.device.type, large.device.type)
+    return DraftModel(small.scheduler, runner, goes_on="cuda" in kinds, is_lazy=kinds[0] == "cpu")

@@ -60,12 +60,24 @@ class Advance(NamedTuple):
     in_flight: InFlight | None
 
 
-def plain_step(scheduler: Scheduler, runner: Submitter, clock: Callable[[], float], in_flight: None = None) -> Advance:
-    """Plan a step, run it, apply its result."""
+def nothing() -> None:
+    """What there is to do while a step runs, if nobody drafts."""
+
+
+def plain_step(
+    scheduler: Scheduler,
+    runner: Submitter,
+    clock: Callable[[], float],
+    in_flight: None = None,
+    meanwhile: Callable[[], None] = nothing,
+) -> Advance:
+    """Plan a step, run it, apply its result; `meanwhile` is called when the device has the step."""
     plan = scheduler.schedule(clock())
     if plan is None:
         return Advance(None, None, [], None)
-    result = runner.submit(plan).wait()
+    pending = runner.submit(plan)
+    meanwhile()
+    result = pending.wait()
     return Advance(plan, result, scheduler.update(plan, result), None)
 
 

@@ -92,6 +92,13 @@ class Runner:
         )
         self._logprobs = LogprobRows(len(rows.last_tokens_S))
         self._queue: deque[tuple[StepWords, Arrival]] = deque()
+        self._stream = torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
+
+    def use_own_stream(self) -> None:
+        """From now on share the GPU with other runners, step beside step, rather than take turns with them."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+            self._stream = torch.cuda.Stream(self.device)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -118,7 +125,8 @@ class Runner:
         words.edits = self._edits.words(plan, words.order)
         words.scores = self._logprobs.words(plan, words.order)
         if self.device.type == "cuda":
-            return Pending(plan, words, self._launch(words))
+            with torch.cuda.stream(self._stream):
+                return Pending(plan, words, self._launch(words))
         arrival: Arrival = Future()
         self._queue.append((words, arrival))
         return Pending(plan, words, lambda: partial(self._run_until, arrival))

@@ -184,7 +184,7 @@ def test_bf16_drafts_are_bit_equal_with_graphs_on_or_off(model: str) -> None:
         found.append([out.token_ids for out in outputs])
         num_drafts, num_held = (sum(getattr(out.timings, name) for out in outputs) for name in NAMES)
         print(f"{model}: {num_held} of {num_drafts} drafts of the model itself held in bf16")
-        assert num_held > 0.7 * num_drafts
+        assert num_held > num_drafts / 2
     assert found[0] == found[1]
 
 

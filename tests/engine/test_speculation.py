@@ -36,6 +36,9 @@ class Foreseen:
         text = next(text for text in self.texts if text[: len(tokens)] == tokens)
         return [t if self.rng.random() >= self.chance else t ^ 1 for t in text[len(tokens) : len(tokens) + num]]
 
+    def go_on(self) -> None:
+        pass
+
     def forget(self, request: Request) -> None:
         pass
 
@@ -258,6 +261,24 @@ def test_a_small_model_drafts(alone: dict[str, list[list[int]]], small: str, var
             assert [out.token_ids for out in outputs] == alone[kind]
             rates = [out.timings.acceptance_rate for out in outputs]
             assert rates == [1.0] * len(rates) if small == MODEL else max(rates) < 1.0
+
+
+@pytest.mark.parametrize("small", [MODEL, "random:tiny-mistral"])
+def test_a_small_model_goes_on_while_its_guesses_are_verified(alone: dict[str, list[list[int]]], small: str) -> None:
+    """As it does beside a GPU: its steps are enqueued and read later, with the prompts of others among them."""
+    with LLM(MODEL, **(BASE | {"speculative": small, "num_drafts": 3, "max_num_batched_tokens": 32})) as llm:
+        force(llm, Fixed(3))
+        drafter = llm.engine.speculator and llm.engine.speculator.drafter
+        assert isinstance(drafter, DraftModel)
+        drafter._goes_on, drafter._is_lazy = True, False
+        for kind, params in PARAMS.items():
+            outputs = llm.generate(prompts(), params)
+            assert [out.token_ids for out in outputs] == alone[kind]
+            rates = [out.timings.acceptance_rate for out in outputs]
+            assert rates == [1.0] * len(rates) if small == MODEL else max(rates) < 1.0
+        drafter._run()
+        drafter._scheduler.check_invariants()
+        assert drafter._scheduler.kv.usage == 0 and not (drafter._keys or drafter._guessed or drafter._ahead)
 
 
 def test_a_small_model_heeds_penalties_and_bans() -> None:
