@@ -34,7 +34,10 @@ KINDS = {
     "decode_kernel": "decode attention",
     "merge_kernel": "decode attention",
     "attention": "prefill attention",
-    "skinny": "linears",
+    "hopper_kernel": "prefill attention",
+    "row_kernel": "linears",
+    "rows_kernel": "linears",
+    "linear_kernel": "linears",
     "nvjet": "linears",
     "gemm": "linears",
     "cublas": "linears",
@@ -43,6 +46,8 @@ KINDS = {
     "silu": "SiLU",
     "scan_kernel": "sampling",
     "pick_kernel": "sampling",
+    "filter_kernel": "sampling",
+    "keep_kernel": "sampling",
 }
 COLORS = {
     "decode attention": "#d9622b",

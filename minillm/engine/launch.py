@@ -87,7 +87,7 @@ def start_parts(model_name: str, config: EngineConfig) -> Parts:
     limits = SchedulerLimits(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         soft_cap=sizes.soft_cap,
-        attention_equivalence=model_config.attention_equivalence,
+        attention_equivalence=sizes.attention_equivalence,
         tile_steps=sizes.tile_steps,
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=sizes.max_model_len,

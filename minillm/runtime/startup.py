@@ -45,6 +45,8 @@ class DeviceDefaults:
     block_size: int
     soft_cap: int
     """Equivalent tokens of a step while rows decode: what keeps the gaps between tokens even."""
+    attention_rate: float
+    """Speed of a chunk's attention, in operations, over that of matrix products."""
     tile_steps: tuple[int, ...]
     """Step sizes at the edge of a stair of matrix-product time; on a GPU those that steps are padded to."""
 
@@ -54,9 +56,17 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=256,
     block_size=16,
     soft_cap=1024,
+    attention_rate=0.7,
     tile_steps=STEP_TOKENS,
 )
-CPU_DEFAULTS = DeviceDefaults(max_num_batched_tokens=512, max_num_seqs=64, block_size=16, soft_cap=128, tile_steps=())
+CPU_DEFAULTS = DeviceDefaults(
+    max_num_batched_tokens=512,
+    max_num_seqs=64,
+    block_size=16,
+    soft_cap=128,
+    attention_rate=1.0,
+    tile_steps=(),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class StepSizes:
     """Positions that a step may sample: a token of every row, or of fewer rows with drafts."""
     block_size: int
     soft_cap: int
+    attention_equivalence: float
     tile_steps: tuple[int, ...]
 
 
@@ -148,6 +159,7 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.
         max_num_samples=min(num_tokens, max(max_num_seqs, min_samples)),
         block_size=config.block_size or defaults.block_size,
         soft_cap=min(soft_cap, num_tokens),
+        attention_equivalence=defaults.attention_rate * model_config.attention_equivalence,
         tile_steps=defaults.tile_steps,
     )
 
