@@ -125,8 +125,7 @@ class Runner:
         words.edits = self._edits.words(plan, words.order)
         words.scores = self._logprobs.words(plan, words.order)
         if self.device.type == "cuda":
-            with torch.cuda.stream(self._stream):
-                return Pending(plan, words, self._launch(words))
+            return Pending(plan, words, self._launch(words))
         arrival: Arrival = Future()
         self._queue.append((words, arrival))
         return Pending(plan, words, lambda: partial(self._run_until, arrival))
@@ -226,15 +225,17 @@ class Runner:
     def _launch(self, words: StepWords) -> Callable[[], Arrive]:
         """Enqueue a step's pass; what is returned enqueues the rest."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        passed = self._pass(words)
+        with torch.cuda.stream(self._stream):
+            begin.record()
+            passed = self._pass(words)
 
         def sample() -> Arrive:
-            samples = self._sampled(words, passed)
-            # The host copy comes from torch's pinned pool, which keeps it until the stream has passed this point.
-            on_host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
-            on_host.copy_(samples, non_blocking=True)
-            end.record()
+            with torch.cuda.stream(self._stream):
+                samples = self._sampled(words, passed)
+                # The host copy is of torch's pinned pool, which keeps it until the stream has passed this point.
+                on_host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+                on_host.copy_(samples, non_blocking=True)
+                end.record()
 
             def arrive() -> tuple[Ints, float]:
                 end.synchronize()
@@ -329,13 +330,13 @@ def step_result(plan: StepPlan, words: StepWords, samples: Ints, seconds: float)
         is_sampled = np.frombuffer(counts, np.int32) > 0
         tokens = array("i", samples[ends[is_sampled] - 1].astype(np.int32).tobytes())
     else:
-        tokens = array("i")
-        drafts_end = np.cumsum(np.frombuffer(plan.num_tokens, np.int32))
+        tokens, sampled, sample_ends = array("i"), samples.tolist(), ends.tolist()
+        drafts_ends = np.cumsum(np.frombuffer(plan.num_tokens, np.int32)).tolist()
         for row, num_samples in enumerate(plan.num_samples):
-            end = ends[row]
             if num_samples:
-                drafts = plan.tokens[drafts_end[row] - num_samples + 1 : drafts_end[row]] if num_samples > 1 else []
-                gained = verified(samples[end - num_samples : end].tolist(), drafts)
+                end, drafts_end = sample_ends[row], drafts_ends[row]
+                drafts = plan.tokens[drafts_end - num_samples + 1 : drafts_end] if num_samples > 1 else []
+                gained = verified(sampled[end - num_samples : end], drafts)
                 counts[row] = len(gained)
                 tokens.extend(gained)
     failed = array("i")

@@ -109,6 +109,14 @@ def start_runner(config: EngineConfig, model_config: ModelConfig, load: Callable
     Raises ConfigError, MemoryFitError and what `load` raises.
     """
     device = choose_device(config.device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return started_on(device, config, model_config, load)
+
+
+def started_on(
+    device: torch.device, config: EngineConfig, model_config: ModelConfig, load: Callable[[Transformer], None]
+) -> Started:
+    """`start_runner` on a device, which is the current one where kernels are launched."""
     place = Place(device, choose_dtype(config.dtype, device), kernel_set(device))
     sizes = choose_sizes(config, model_config, device)
     check_weights_fit(model_config, place)

@@ -71,6 +71,7 @@ def test_bf16_is_bit_equal_with_graphs_and_overlap_on_or_off(model: str) -> None
         {"num_kv_blocks": 45},
         {"speculative": "ngram"},
         {"speculative": "random:tiny-llama", "num_drafts": 3},
+        {"speculative": "random:tiny-llama", "num_drafts": 3, "draft_device": "cpu"},
     ],
 )
 def test_fp32_does_not_depend_on_how_it_runs(options: dict[str, Any]) -> None:
@@ -194,6 +195,21 @@ def test_fp32_drafts_that_always_hold() -> None:
     with LLM("random:tiny-llama", **(BASE | {"dtype": "float32"})) as llm:
         expected = [out.token_ids for out in llm.generate(prompts(9), params(9))]
     with LLM("random:tiny-llama", **options) as llm:
+        assert llm.engine.speculator is not None
+        llm.engine.speculator.policy = Fixed(4)
+        outputs = llm.generate(prompts(9), params(9))
+    assert [out.token_ids for out in outputs] == expected
+    assert all((out.timings.acceptance_rate or 0.0) > 0.9 for out in outputs)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")])
+def test_fp32_drafts_of_another_gpu_always_hold(devices: tuple[str, str]) -> None:
+    options = BASE | {"dtype": "float32", "device": devices[0]}
+    with LLM("random:tiny-llama", **options) as llm:
+        expected = [out.token_ids for out in llm.generate(prompts(9), params(9))]
+    drafting = {"speculative": "random:tiny-llama", "num_drafts": 4, "draft_device": devices[1]}
+    with LLM("random:tiny-llama", **(options | drafting)) as llm:
         assert llm.engine.speculator is not None
         llm.engine.speculator.policy = Fixed(4)
         outputs = llm.generate(prompts(9), params(9))
