@@ -37,7 +37,7 @@ KINDS = {
     "hopper_kernel": "prefill attention",
     "row_kernel": "linears",
     "rows_kernel": "linears",
-    "linear_kernel": "linears",
+    "stream_kernel": "linears",
     "nvjet": "linears",
     "gemm": "linears",
     "cublas": "linears",
