@@ -9,7 +9,9 @@ share a row is a matter of speed alone; each walks its segments in one pipelined
     one program      ((a + b) + c) + d                       in registers, written to the output
     two programs     |   p, which stores a, b   |   q, which stores c, d  |      then merge: ((a + b) + c) + d
 
-It knows no requests. The small side (query heads of a group) is the N of each product, the keys are its M.
+It starts while the kernel before it, which writes the new keys, still runs (programmatic dependent launch): until
+`gdc_wait` it reads only lengths and tables, which must be there before that kernel. It knows no requests. The small
+side (query heads of a group) is the N of each product, the keys are its M.
 
 Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
 P block size, G most segments of a row.
@@ -38,6 +40,7 @@ __all__ = [
     "decode_attention",
     "max_segments",
     "merge_parts",
+    "overlap_options",
     "segment_constants",
 ]
 
@@ -108,8 +111,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid (key heads, shares of a row, rows); row r is token r. IS_SORTED: the longest row starts first.
 
-    Writes the output, or if IS_SHARED acc [R, N, G, H], top and total [R, N, G] of each segment. OVERLAPS: the merge is
-    launched while this runs, and waits for its end.
+    Writes the output, or if IS_SHARED acc [R, N, G, H], top and total [R, N, G] of each segment.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
@@ -119,8 +121,7 @@ def decode_kernel(
     row = tl.program_id(2)
     if IS_SORTED:
         row = row_of_rank(context_lens_ptr, row, num_rows, PADDED_ROWS)
-    if tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) != 1:
-        return
+    is_decode = tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) == 1
     num_keys = tl.load(context_lens_ptr + row)
     size = segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
     num_own = tl.cdiv(tl.cdiv(num_keys, size), tl.num_programs(1))
@@ -128,6 +129,11 @@ def decode_kernel(
     begin = segment * size
     end = tl.minimum(begin + num_own * size, num_keys)
     table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
+    pages = read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
+    if OVERLAPS:
+        gdc_wait()
+    if not is_decode:
+        return
 
     group = tl.arange(0, PADDED_GROUP)
     dims = tl.arange(0, PADDED_HEAD)
@@ -143,7 +149,6 @@ def decode_kernel(
     if not IS_SHARED:  # the sums of the segments before
         sum_acc, sum_top, sum_total = acc, top, total
     segment_end = begin + size
-    pages = read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
     for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
         k = read_tile(k_ptr, pages, key_start, end,
                       BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
@@ -189,16 +194,17 @@ def merge_kernel(
     if OVERLAPS:
         gdc_launch_dependents()
     row = tl.program_id(0)
-    if tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) != 1:
-        return
+    is_decode = tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) == 1
     num_keys = tl.load(context_lens_ptr + row) - NUM_NEW
+    if OVERLAPS:
+        gdc_wait()
+    if not is_decode:
+        return
     head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) + tl.arange(0, 1)
     dims = tl.arange(0, PADDED_HEAD)
     sum_acc = tl.zeros([PADDED_HEAD, 1], tl.float32)
     sum_top = tl.full([1], float("-inf"), tl.float32)
     sum_total = tl.zeros([1], tl.float32)
-    if OVERLAPS:
-        gdc_wait()
     num_parts = NUM_NEW + tl.cdiv(num_keys, segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS))
     for first in tl.range(0, num_parts, BATCH, num_stages=1):
         accs = ()
@@ -234,6 +240,14 @@ def choose_shares(num_programs: int, num_multiprocessors: int) -> int:
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel can start while the one before it ends: programmatic dependent launch, Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that can start while the kernel before it ends, for a kernel with the parameter OVERLAPS.
+
+    All its programs must call `gdc_wait` before they write, and before they read what a kernel of a layer writes.
+    """
+    return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(device) else {"OVERLAPS": False}
 
 
 def segment_constants(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -284,7 +298,7 @@ def decode_attention(
         NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_sorted else 16, BLOCK_SIZE=block_size,
         STAGES=3 if is_half else 2, IS_SHARED=is_shared, IS_SORTED=is_sorted,
-        OVERLAPS=is_shared and can_overlap(device), num_warps=4 if is_half else 8,
+        num_warps=4 if is_half else 8, **overlap_options(device),
     )  # fmt: skip
     if is_shared:
         merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants)
@@ -299,9 +313,8 @@ def merge_parts(
     num_new: int = 0,
 ) -> None:
     """The sum of each row's parts into `out_TNH`, for rows of one token; the first `num_new` hold new keys."""
-    overlaps = can_overlap(out_TNH.device)
     num_rows, num_heads = parts.top_RNG.shape[:2]
     merge_kernel[(num_rows, num_heads)](
-        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, BATCH=8, OVERLAPS=overlaps,
-        num_warps=1, **({"launch_pdl": True} if overlaps else {}),
+        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, BATCH=8, num_warps=1,
+        **overlap_options(out_TNH.device),
     )  # fmt: skip

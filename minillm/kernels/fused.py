@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minillm.kernels.decode_attention import overlap_options
 
 __all__ = ["add_rms_norm", "rms_norm", "rotary_and_store", "silu_mul"]
 
@@ -89,11 +92,17 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
 
 
 @triton.jit
-def norm_halves(first, second, weight_ptr, dims, mask, eps, HEAD_SIZE: tl.constexpr, dtype: tl.constexpr):
+def read_halves(base_ptr, dims, mask, HALF: tl.constexpr):
+    """Both halves [1, H/2] of a vector of the head size, in float32."""
+    first = tl.load(base_ptr + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
+    second = tl.load(base_ptr + HALF + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return first, second
+
+
+@triton.jit
+def norm_halves(first, second, first_weight, second_weight, eps, HEAD_SIZE: tl.constexpr, dtype: tl.constexpr):
     """RMSNorm of heads given as two halves [heads, H/2], rounded to dtype before the weight and after it."""
     scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_SIZE + eps)[:, None]
-    first_weight = tl.load(weight_ptr + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
-    second_weight = tl.load(weight_ptr + HEAD_SIZE // 2 + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
     first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
     second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
     return first, second
@@ -104,8 +113,15 @@ def rotary_kernel(
     qkv_ptr, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HALF: tl.constexpr,
     TILE_HEADS: tl.constexpr, TILE_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, tiles of key heads): their queries, keys and values, all asked for before any is used."""
+    """Grid (tokens, tiles of key heads): their queries, keys and values, all asked for before any is used.
+
+    OVERLAPS: the next kernel may start at once; until `gdc_wait` this reads what was there before the product of q, k
+    and v: weights, the table, positions and slots.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     HALF: tl.constexpr = HEAD_SIZE // 2
     dtype: tl.constexpr = q_out_ptr.dtype.element_ty
@@ -116,6 +132,12 @@ def rotary_kernel(
 
     dims = tl.arange(0, PADDED_HALF)
     mask = dims < HALF
+    cos, sin = read_halves(cos_sin_ptr + position * HEAD_SIZE, dims, mask, HALF)
+    if HAS_NORM:
+        q_weight, q_second_weight = read_halves(q_norm_ptr, dims, mask, HALF)
+        k_weight, k_second_weight = read_halves(k_norm_ptr, dims, mask, HALF)
+    if OVERLAPS:
+        gdc_wait()
     heads = first_kv_head * GROUP + tl.arange(0, TILE_HEADS)
     kv_heads = first_kv_head + tl.arange(0, TILE_KV_HEADS)
     is_own = (tl.arange(0, TILE_HEADS) < TILE_KV_HEADS * GROUP) & (heads < NUM_HEADS)
@@ -126,19 +148,16 @@ def rotary_kernel(
     k_ptr = qkv_ptr + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE) + NUM_HEADS * HEAD_SIZE
     k_ptr += kv_heads[:, None] * HEAD_SIZE + dims[None, :]
     v_ptr = k_ptr + NUM_KV_HEADS * HEAD_SIZE
-    table_ptr = cos_sin_ptr + position * HEAD_SIZE + dims
     q_first = tl.load(q_ptr, mask=q_mask, other=0.0).to(tl.float32)
     q_second = tl.load(q_ptr + HALF, mask=q_mask, other=0.0).to(tl.float32)
     k_first = tl.load(k_ptr, mask=kv_mask, other=0.0).to(tl.float32)
     k_second = tl.load(k_ptr + HALF, mask=kv_mask, other=0.0).to(tl.float32)
     v_first = tl.load(v_ptr, mask=kv_mask, other=0.0)
     v_second = tl.load(v_ptr + HALF, mask=kv_mask, other=0.0)
-    cos = tl.load(table_ptr, mask=mask, other=0.0)[None, :]
-    sin = tl.load(table_ptr + HALF, mask=mask, other=0.0)[None, :]
 
     if HAS_NORM:
-        q_first, q_second = norm_halves(q_first, q_second, q_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
-        k_first, k_second = norm_halves(k_first, k_second, k_norm_ptr, dims, mask, eps, HEAD_SIZE, dtype)
+        q_first, q_second = norm_halves(q_first, q_second, q_weight, q_second_weight, eps, HEAD_SIZE, dtype)
+        k_first, k_second = norm_halves(k_first, k_second, k_weight, k_second_weight, eps, HEAD_SIZE, dtype)
     q_out_ptr += token * (NUM_HEADS * HEAD_SIZE) + q_offsets
     tl.store(q_out_ptr, (q_first * cos - q_second * sin).to(dtype), mask=q_mask)
     tl.store(q_out_ptr + HALF, (q_second * cos + q_first * sin).to(dtype), mask=q_mask)
@@ -180,6 +199,6 @@ def rotary_and_store(
         q_norm_H if has_norm else qkv_TC, k_norm_H if has_norm else qkv_TC, q_TNH, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, PADDED_HALF=padded_half,
         TILE_HEADS=tile_heads, TILE_KV_HEADS=tile_kv_heads, BLOCK_SIZE=block_size, HAS_NORM=has_norm,
-        num_warps=min(4, max(1, padded_half * tile_heads // 256)),
+        num_warps=min(4, max(1, padded_half * tile_heads // 256)), **overlap_options(qkv_TC.device),
     )  # fmt: skip
     return q_TNH
