@@ -3,7 +3,7 @@
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
     gpu        Triton (attention, hopper_attention, decode_attention, edits, fused, sampling, step_inputs behind it; for
-               steps of a few rows skinny and fused_decode)
+               steps of a few rows skinny and fused_decode, for some more hopper_linear)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -21,6 +21,9 @@ O output features, E entries of a rotary table = positions, K edited rows, D dra
         per-head RMSNorm of q and k where q_norm_H is given (Qwen3), rotate both (halves, the Hugging Face layout),
         write k and v to `kv_2BKPH` at `slots_T`. cos_sin_EH is fp32: H/2 cosines, then H/2 sines.
     silu_mul(x_T2F) -> y_TF                                        silu(first half) * second half
+    gated_linear(x_TD, weight_2FD, bias_2F | None) -> y_TF         silu_mul(linear(x))
+    linear_parts(x_TD, weight_OD, bias_O | None) -> y_TO, or parts_STO in float32, whose sum it is
+        only where a set has them, which then adds parts in `add_rms_norm`.
     attention(q_TNH, *, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1, context_lens_R, scale, num_decodes,
               max_query_len, max_context_len, block_tokens=None, one_launch=False) -> o_TNH
         causal, bottom-right aligned: query i of a row with n queries and context c sees keys 0 .. c - n + i.

@@ -31,8 +31,10 @@ __all__ = [
     "attention",
     "edit_scores",
     "fused_decode",
+    "gated_linear",
     "keep_tokens",
     "linear",
+    "linear_parts",
     "max_fused_rows",
     "norm_gated_linear",
     "norm_linear",
@@ -44,8 +46,10 @@ __all__ = [
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
+MAX_STREAMED_ROWS = 64
+"""Most tokens of a step whose products `hopper_linear` computes; of 128 cuBLAS is faster."""
 HOPPER_TRITON = ("3.6.",)
-"""Versions of Triton with which the Hopper kernel was tested, on a GPU of compute capability 9.0; Gluon's language is
+"""Versions of Triton with which the Hopper kernels were tested, on a GPU of compute capability 9.0; Gluon's language is
 not stable."""
 
 
@@ -75,7 +79,7 @@ def is_supported(x: Tensor, head_size: int = 2) -> bool:
 
 @cache
 def has_hopper_kernel(device: torch.device) -> bool:
-    """Whether `hopper_attention` was tested with this GPU and this Triton."""
+    """Whether `hopper_attention` and `hopper_linear` were tested with this GPU and this Triton."""
     if device.type != "cuda" or not triton.__version__.startswith(HOPPER_TRITON):
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
@@ -96,9 +100,44 @@ def suits_hopper_kernel(q_TNH: Tensor, kv_2BKPH: Tensor) -> bool:
     )
 
 
+def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Any:
+    """`hopper_linear`'s tile for this product, or None where cuBLAS is the one that is there, or the faster one."""
+    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    if not 1 <= x_TD.shape[0] <= MAX_STREAMED_ROWS or not is_half or not has_hopper_kernel(x_TD.device):
+        return None
+    from minillm.kernels.hopper_linear import choose_tile
+
+    return choose_tile(x_TD.shape[1], num_out, **kind)
+
+
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b -> [T, O], by cuBLAS."""
-    return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+    """x W^T + b -> [T, O]."""
+    tile = streamed(x_TD, weight_OD.shape[0])
+    if tile is None:
+        return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+    from minillm.kernels import hopper_linear
+
+    return hopper_linear.linear(x_TD, weight_OD, bias_O, tile)
+
+
+def gated_linear(x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None) -> Tensor:
+    """silu(first half) * second half of x W^T + b -> [T, F]."""
+    tile = streamed(x_TD, weight_2FD.shape[0] // 2, is_gated=True)
+    if tile is None:
+        return silu_mul(linear(x_TD, weight_2FD, bias_2F))
+    from minillm.kernels import hopper_linear
+
+    return hopper_linear.gated_linear(x_TD, weight_2FD, bias_2F, tile)
+
+
+def linear_parts(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b -> [T, O], or float32 parts of it [S, T, O], which `add_rms_norm` adds."""
+    tile = streamed(x_TD, weight_OD.shape[0], is_shared=True)
+    if tile is None:
+        return linear(x_TD, weight_OD, bias_O)
+    from minillm.kernels import hopper_linear
+
+    return hopper_linear.linear_parts(x_TD, weight_OD, bias_O, tile)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -108,7 +147,11 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """residual += x in place, then rms_norm(residual) -> [T, D]."""
+    """residual += x, or the sum of its parts [S, T, D], in place, then rms_norm(residual) -> [T, D]."""
+    if x_TD.ndim == 3:
+        from minillm.kernels.hopper_linear import sum_norm
+
+        return sum_norm(x_TD, residual_TD, weight_D, eps)
     norm = fused.add_rms_norm if is_supported(x_TD) else reference.add_rms_norm
     return norm(x_TD, residual_TD, weight_D, eps)
 

@@ -39,9 +39,8 @@ class Attention(nn.Module):
         self.k_norm = Vector(build, config.head_size) if config.qk_norm else None
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
-        """x_TD -> y_TD; the tokens' keys and values are written to `kv_2BKPH` first."""
-        y_TD: Tensor = self.out(self.attend(self.qkv(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
-        return y_TD
+        """x_TD -> y_TD or parts of it; the tokens' keys and values are written to `kv_2BKPH` first."""
+        return self.out.in_parts(self.attend(self.qkv(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
 
     def attend(self, qkv_TC: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
         """What lies between the two products -> o_TNH."""
@@ -115,9 +114,8 @@ class FeedForward(nn.Module):
         self.down = Linear(build, inner, {"down_proj": whole}, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """x_TD -> y_TD."""
-        y_TD: Tensor = self.down(self.ops.silu_mul(self.gate_up(x_TD)))
-        return y_TD
+        """x_TD -> y_TD or parts of it."""
+        return self.down.in_parts(self.gate_up.gated(x_TD))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target)."""
@@ -139,7 +137,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TD: Tensor | None, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor
     ) -> Tensor:
-        """Output that is still to be added to `residual_TD`, which is updated in place.
+        """Output, or parts of it, still to be added to `residual_TD`, which is updated in place.
 
         `x_TD` is what the layer before gave to be added; None in the first layer.
         """

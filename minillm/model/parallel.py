@@ -127,6 +127,22 @@ class Linear(nn.Module):
         y_TO: Tensor = self.ops.linear(x_TD, self.weight if self._packed is None else self._packed, bias_O)
         return self.tp.all_reduce(y_TO) if self.is_partial else y_TO
 
+    def in_parts(self, x_TD: Tensor) -> Tensor:
+        """`forward`, or sums [S, T, O] still to be added if the kernel set leaves that to the norm behind it."""
+        if self.is_partial or not hasattr(self.ops, "linear_parts"):
+            y_TO: Tensor = self(x_TD)
+            return y_TO
+        parts: Tensor = self.ops.linear_parts(x_TD, self.weight, self.bias)
+        return parts
+
+    def gated(self, x_TD: Tensor) -> Tensor:
+        """silu(first half) * second half of the outputs -> [T, O / 2]."""
+        if not hasattr(self.ops, "gated_linear"):
+            y_TF: Tensor = self.ops.silu_mul(self(x_TD))
+            return y_TF
+        gated_TF: Tensor = self.ops.gated_linear(x_TD, self.weight, self.bias)
+        return gated_TF
+
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target) of each part's weight and bias."""
         at = 0

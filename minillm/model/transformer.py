@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
-        return residual_TD.add_(x_TD)
+        return residual_TD.add_(x_TD.sum(0) if x_TD.ndim == 3 else x_TD)  # parts, which a layer's norm would add
 
     def _is_fused(self, batch: ForwardBatch) -> bool:
         """Whether the step is a few rows of one token each, in order, and the kernel set fuses such."""

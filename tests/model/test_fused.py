@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from minillm.kernels import gpu
+from minillm.kernels import gpu, hopper_linear, reference
+from minillm.kernels.hopper_linear import Tile
 from minillm.model.layers import DecoderLayer
 from minillm.model.parallel import TPGroup
 from minillm.model.sources import load_config, load_weights, resolve
@@ -81,3 +83,40 @@ def test_ranks_that_share_the_work_fuse_nothing(tiny_checkpoint: tuple[Path, Any
         if config.num_kv_heads % num_ranks == 0:
             tp = TPGroup(size=num_ranks)
             assert Transformer(config, ops=gpu, dtype=torch.float16, device="cpu", tp=tp).max_fused_rows == num_rows
+
+
+def streamed_twin(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y: Tensor, tile: Tile, is_gated: bool
+) -> Tensor:
+    """What `hopper_linear.launch` computes: sums of equal shares of the inputs."""
+    share = -(-x_TD.shape[1] // tile.parts)
+    halves = [x_TD[:, at : at + share] @ weight_OD[:, at : at + share].T for at in range(0, x_TD.shape[1], share)]
+    parts = torch.stack(halves)
+    if bias_O is not None:
+        parts[0] += bias_O
+    return y.copy_(reference.silu_mul(parts[0]) if is_gated else parts if y.ndim == 3 else parts[0])
+
+
+def test_layers_whose_norms_add_parts_equal_transformers(
+    tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Hopper GPU, where products of the output and down projections come in parts."""
+    folder, oracle = tiny_checkpoint
+    files = resolve(str(folder))
+    model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
+    load_weights(model, files)
+    kinds = []
+
+    def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Tile | None:
+        kinds.append(tuple(kind))
+        return None if num_out == model.config.vocab_size else Tile(32, 2 if "is_shared" in kind else 1, 64, 1)
+
+    monkeypatch.setattr(gpu, "streamed", streamed)
+    monkeypatch.setattr(hopper_linear, "launch", streamed_twin)
+    sequence = torch.randint(0, model.config.vocab_size, (5,), generator=torch.Generator().manual_seed(1)).tolist()
+    (logits,) = PagedRun(model, [sequence]).run([(4,), (1,)])
+    with torch.no_grad():
+        expected = oracle(torch.tensor([sequence])).logits[0]
+    assert (logits - expected).abs().max() <= 1e-4
+    num_layers = model.config.num_layers
+    assert kinds[: 4 * num_layers] == [(), ("is_shared",), ("is_gated",), ("is_shared",)] * num_layers
