@@ -41,6 +41,10 @@ class Likeliest:
     def __init__(self, after: Mapping[int, int]) -> None:
         self._after = after
 
+    def has_guess(self, request: Request) -> bool:
+        """It may always have."""
+        return True
+
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, list[int]]:
         """One draft where the last token is known."""
         return {r: [self._after[r.tokens[-1]]] for r in wanted if r.tokens[-1] in self._after}

@@ -19,6 +19,9 @@ __all__ = ["Drafter", "Speculator", "Verified"]
 class Drafter(Protocol):
     """Whoever guesses."""
 
+    def has_guess(self, request: Request) -> bool:
+        """Whether the tokens read make it likely that it would have one for this request now."""
+
     def propose(self, wanted: Mapping[Request, int]) -> Mapping[Request, list[int]]:
         """Guesses at each request's next tokens, at most as many as wanted; a request may be left out."""
 
@@ -38,7 +41,7 @@ class Verified(NamedTuple):
 
 
 class Speculator:
-    """One engine's drafts. A step that drafts waits for its result, so the drafter knows every token."""
+    """One engine's drafts. A step that drafts is planned when all before it are read: the drafter knows every token."""
 
     def __init__(self, drafter: Drafter, policy: DraftPolicy, max_step_tokens: int) -> None:
         """`max_step_tokens`: positions that a step may sample, drafts and the decodes beside them together."""
@@ -51,6 +54,10 @@ class Speculator:
     def is_on(self) -> bool:
         """Whether the next step is to draft: it depends on the last step's size and on what drafts brought so far."""
         return self.policy.is_on(self._num_rows) and 2 * self._num_rows <= self._max_step_tokens
+
+    def has_guess(self, requests: Iterable[Request]) -> bool:
+        """Whether it is worth waiting for the step in flight, to draft for one of those that decode."""
+        return any(self.drafter.has_guess(request) for request in requests if request.row and request.num_output)
 
     def propose(self, requests: Iterable[Request]) -> None:
         """Give drafts to those of `requests` that decode; none of theirs may be in flight."""

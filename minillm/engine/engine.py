@@ -59,6 +59,7 @@ class Engine:
         self._metrics = Metrics()
         self._advance: Callable[..., Advance] = overlapped_step if overlap else plain_step
         self._in_flight: InFlight | None = None
+        self._is_on = False  # whether drafts were, in the last turn
         self._live: dict[int, Generation] = {}
         self._seeds = random.Random(seed)
         self._num_added = 0
@@ -156,29 +157,15 @@ class Engine:
 
         Raises EngineError, with every request ended as `error`, if the step fails.
         """
-        before, start = self._in_flight, self.clock()
         try:
-            done, was_drafting = self._turn()
+            done = self._turn()
         except Exception as failure:
             self._fail(failure)
             raise EngineError(f"a step failed, and all requests with it: {failure}") from failure
         self._in_flight = done.in_flight
-        now = self.clock()
-        applied = done.planned if before is None else before.plan
-        if applied is not None and done.result is not None:
-            self._count_applied(applied)
-            if done.result.logprobs is not None:
-                note_logprobs(self._live, done.result.logprobs)
-            if self.speculator is not None:
-                self._note_drafts(self.speculator.note(applied, done.result, was_drafting, now))
-        if done.planned is not None:
-            self.timeline.plan(done.planned, start)
-        if done.result is not None:
-            self.timeline.apply(done.result, now)
         if done.planned is None and done.result is None and self.scheduler.num_running:
             self.scheduler.yield_rows()
-        others = done.changed if done.result is None else self._beams.take(done.changed, done.result, now)
-        changed = [self._live[request.number] for request in others]
+        changed, now = [self._live[request.number] for request in done.changed], self.clock()
         for generation in changed:
             self._note(generation, now)
         self._count(done)
@@ -234,14 +221,48 @@ class Engine:
         self.num_applied += 1
         self.num_computed += plan.num_batched_tokens
 
-    def _turn(self) -> tuple[Advance, bool]:
-        """One turn of the loop that is due, and whether it drafted. To draft is to know every token first."""
-        if self.speculator is None or not self.speculator.is_on:
-            return self._advance(self.scheduler, self._masked, self.clock, self._in_flight), False
-        if self._in_flight is not None:
-            return settled(self.scheduler, self._in_flight), False
-        self.speculator.propose(generation.request for generation in self._live.values())
-        return plain_step(self.scheduler, self._masked, self.clock, meanwhile=self.speculator.drafter.go_on), True
+    def _turn(self) -> Advance:
+        """One turn of the loop that is due."""
+        was_on, self._is_on = self._is_on, self.speculator is not None and self.speculator.is_on
+        if self.speculator is not None and self._is_on:
+            requests = [generation.request for generation in self._live.values()]
+            if self._in_flight is None or self.speculator.has_guess(requests):
+                return self._draft(self.speculator, was_on)
+        before, start = self._in_flight, self.clock()
+        done = self._advance(self.scheduler, self._masked, self.clock, before)
+        if done.planned is not None:
+            self.timeline.plan(done.planned, start)
+        applied = done.planned if before is None else before.plan
+        return done if applied is None else self._applied(applied, done, was_on)
+
+    def _draft(self, speculator: Speculator, was_on: bool) -> Advance:
+        """Apply the step in flight, then give requests drafts and enqueue the next: to draft is to know every token.
+
+        Whatever else is to do about the tokens that came is done while the device has work.
+        """
+        before, done = self._in_flight, Advance(None, None, [], None)
+        if before is not None:
+            done = self._applied(before.plan, settled(self.scheduler, before), was_on)
+        start = self.clock()
+        speculator.propose(generation.request for generation in self._live.values())
+        ahead = overlapped_step(self.scheduler, self._masked, self.clock, None)
+        if ahead.planned is not None:
+            speculator.drafter.go_on()
+            self.timeline.plan(ahead.planned, start)
+        return done._replace(planned=ahead.planned, in_flight=ahead.in_flight)
+
+    def _applied(self, plan: StepPlan, done: Advance, was_on: bool) -> Advance:
+        """Note what came of `plan`, planned while drafts were on or not; of the changed requests those not of beams."""
+        if done.result is None:
+            return done
+        now, result = self.clock(), done.result
+        self._count_applied(plan)
+        if result.logprobs is not None:
+            note_logprobs(self._live, result.logprobs)
+        if self.speculator is not None:
+            self._note_drafts(self.speculator.note(plan, result, was_on, now))
+        self.timeline.apply(result, now)
+        return done._replace(changed=self._beams.take(done.changed, result, now))
 
     def _note_drafts(self, verified: list[Verified]) -> None:
         for request, num_drafts, num_accepted in verified:

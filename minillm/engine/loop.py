@@ -60,24 +60,16 @@ class Advance(NamedTuple):
     in_flight: InFlight | None
 
 
-def nothing() -> None:
-    """What there is to do while a step runs, if nobody drafts."""
-
-
 def plain_step(
-    scheduler: Scheduler,
-    runner: Submitter,
-    clock: Callable[[], float],
-    in_flight: None = None,
-    meanwhile: Callable[[], None] = nothing,
+    scheduler: Scheduler, runner: Submitter, clock: Callable[[], float], in_flight: InFlight | None = None
 ) -> Advance:
-    """Plan a step, run it, apply its result; `meanwhile` is called when the device has the step."""
+    """Plan a step, run it, apply its result; if one is in flight, apply that one's."""
+    if in_flight is not None:
+        return settled(scheduler, in_flight)
     plan = scheduler.schedule(clock())
     if plan is None:
         return Advance(None, None, [], None)
-    pending = runner.submit(plan)
-    meanwhile()
-    result = pending.wait()
+    result = runner.submit(plan).wait()
     return Advance(plan, result, scheduler.update(plan, result), None)
 
 
@@ -90,7 +82,7 @@ def settled(scheduler: Scheduler, in_flight: InFlight) -> Advance:
 def overlapped_step(
     scheduler: Scheduler, runner: Submitter, clock: Callable[[], float], in_flight: InFlight | None
 ) -> Advance:
-    """Plan and enqueue a step, then apply the result of the one before it."""
+    """Plan and enqueue a step, then apply the result of the one before it, if there is one."""
     plan = scheduler.schedule(clock())
     behind = None if plan is None else InFlight(plan, runner.submit(plan))
     if in_flight is None:

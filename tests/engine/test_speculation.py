@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minillm import LLM, FinishReason, SamplingParams
+from minillm import LLM, BeamSearchParams, FinishReason, SamplingParams
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
 from minillm.decoding.controller import Controller, Fixed
@@ -28,6 +28,9 @@ class Foreseen:
 
     def __init__(self, texts: list[list[int]], chance: float) -> None:
         self.texts, self.chance, self.rng = texts, chance, random.Random(0)
+
+    def has_guess(self, request: Request) -> bool:
+        return True
 
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, list[int]]:
         return {request: self.drafts(list(request.tokens), num) for request, num in wanted.items()}
@@ -129,6 +132,25 @@ def test_preemption_of_drafting_rows_does_not_matter(kind: str) -> None:
         llm.engine.scheduler.check_invariants()
     assert sum(out.timings.num_preemptions for out in outputs) > 0
     assert [out.token_ids for out in outputs] == expected
+
+
+@pytest.mark.parametrize("policy", [Fixed, ByTurns])
+def test_searches_beside_drafts(alone: dict[str, list[list[int]]], policy: type[Fixed]) -> None:
+    """The next step is planned when beams have been chosen, whether it drafts or not."""
+    search = BeamSearchParams(beam_width=3, max_tokens=10)
+    found = []
+    for options in (BASE, OPTIONS | {"overlap": True}):
+        with LLM(MODEL, **options) as llm:
+            if "speculative" in options:
+                texts = [prompt + output for prompt, output in zip(prompts(), alone["seeded"], strict=True)]
+                force(llm, policy(4), Foreseen(texts, 0.3))
+            runs = [llm.engine.add_beams(prompt, search) for prompt in prompts()[:3]]
+            others = [llm.engine.add(p, each) for p, each in zip(prompts(), PARAMS["seeded"], strict=True)]
+            while llm.engine.has_work:
+                llm.engine.step()
+            assert [generation.take_new_tokens() for generation in others] == alone["seeded"]
+        found.append([[list(f.tokens) for f in run.search.hypotheses.finished] for run in runs])
+    assert found[0] == found[1]
 
 
 def test_penalties_count_the_drafts_before_each_position() -> None:
