@@ -42,14 +42,15 @@ class AsyncLimits:
 
 
 class TokenStream:
-    """One request's tokens as they come. `take` until `is_done`; then `ending` says how it ended."""
+    """One completion's tokens as they come. `take` until `is_done`; then `ending` says how it ended."""
 
-    def __init__(self, submission: Submission) -> None:
-        self.submission = submission
+    def __init__(self, submission: Submission, key: int, prompt_scores: list[TokenScore | None]) -> None:
+        """`prompt_scores`: a list that all completions of the prompt have in common."""
+        self.submission, self.key = submission, key
         self.num_tokens = 0
         self.scores: list[TokenScore] = []
         """Of all its tokens, if their logprobs were asked for."""
-        self.prompt_scores: list[TokenScore | None] = []
+        self.prompt_scores = prompt_scores
         self.ending: Ending | None = None
         self.is_expired = False
         """Whether its deadline ended it."""
@@ -106,7 +107,7 @@ class AsyncEngine:
         self._streams: dict[int, TokenStream] = {}
         self._waiting: dict[int, TokenStream] = {}  # those without a first token
         self.num_of_user: Counter[str] = Counter()
-        self._keys, self._questions = count(1), count(1)
+        self._num_keys, self._questions = 0, count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._progress = clock()
         self._idle = asyncio.Event()
@@ -131,9 +132,10 @@ class AsyncEngine:
     @property
     def predicted_wait(self) -> float:
         """Seconds until all that waits has been served."""
-        waiting = [stream.submission for stream in self._waiting.values()]
-        num_output = sum(min(s.params.max_tokens, self.info.limits.max_model_len) for s in waiting)
-        return self.predictor.seconds(sum(len(s.prompt) for s in waiting), num_output)
+        waiting = self._waiting.values()
+        num_output = sum(min(s.submission.params.max_tokens, self.info.limits.max_model_len) for s in waiting)
+        firsts = [stream.submission for stream in waiting if stream.key == stream.submission.key]
+        return self.predictor.seconds(sum(len(s.prompt) for s in firsts), num_output)
 
     def check_room(self, user: str, num: int) -> None:
         """Raise EngineError, BusyError or ClosingError unless `num` more requests of `user` may come."""
@@ -164,16 +166,16 @@ class AsyncEngine:
         salt: bytes = b"",
         is_streamed: bool = True,
         timeout: float | None = None,
-    ) -> TokenStream:
-        """Queue a request, which ends unfinished after `timeout` seconds.
+    ) -> list[TokenStream]:
+        """Queue a request, which ends unfinished after `timeout` seconds; a stream for each of its completions.
 
         Raises RequestError, BusyError, ClosingError, EngineError.
         """
         self.info.check(prompt, params)
-        self.check_room(user, 1)
+        self.check_room(user, params.n)
         now = self._clock()
         submission = Submission(
-            key=next(self._keys),
+            key=self._num_keys + 1,
             prompt=prompt,
             params=params,
             arrival=now,
@@ -182,21 +184,24 @@ class AsyncEngine:
             salt=salt,
             is_streamed=is_streamed,
         )
-        stream = TokenStream(submission)
+        self._num_keys += params.n
         if not self._streams:
             self._progress = now  # it was idle, not stuck
             self._idle.clear()
-        self._streams[submission.key] = self._waiting[submission.key] = stream
-        self.num_of_user[user] += 1
+        prompt_scores: list[TokenScore | None] = []
+        streams = [TokenStream(submission, key, prompt_scores) for key in submission.keys]
+        for stream in streams:
+            self._streams[stream.key] = self._waiting[stream.key] = stream
+            if timeout is not None:
+                stream.timer = asyncio.get_running_loop().call_later(timeout, self._expire, stream)
+        self.num_of_user[user] += params.n
         self._link.send(("submit", (submission,)))
-        if timeout is not None:
-            stream.timer = asyncio.get_running_loop().call_later(timeout, self._expire, stream)
-        return stream
+        return streams
 
     def finish(self, stream: TokenStream, reason: FinishReason) -> None:
         """End a request, in whatever state it is; nothing happens if it has ended."""
-        if stream.submission.key in self._streams:
-            self._link.send(("finish", (stream.submission.key, reason)))
+        if stream.key in self._streams:
+            self._link.send(("finish", (stream.key, reason)))
 
     def is_unfinished(self, key: int) -> bool:
         """Whether the request of this key has not ended."""
@@ -268,7 +273,7 @@ class AsyncEngine:
                 self._streams[key].scores += scores
         for key, prompt_scores in report.prompt_scores:
             if key in self._streams:
-                self._streams[key].prompt_scores = prompt_scores
+                self._streams[key].prompt_scores += prompt_scores
 
     def _end(self, ending: Ending) -> None:
         stream = self._streams.pop(ending.key, None)

@@ -55,19 +55,18 @@ class EngineDriver:
         self._numbers: OrderedDict[int, int] = OrderedDict()  # the front end's key -> the engine's request number
         self._queries = {"dump": self.dump, **Insight(engine, self._numbers).queries, **(queries or {})}
         self._queue: FairQueue[Submission] = FairQueue()
-        self._queued: dict[int, Submission] = {}
         self._checking: dict[int, tuple[Submission, Future[None]]] = {}
+        self._pending: dict[int, Submission] = {}  # by the key of each completion in either of the two
         self._pool = ThreadPoolExecutor(NUM_CHECKERS, "check")
         self._live: dict[int, Generation] = {}
         self._keys: dict[int, int] = {}  # the engine's request number -> the front end's key
-        self._unstarted: dict[int, Generation] = {}
+        self._starting: dict[int, Generation] = {}  # whose prompts are not planned, or not computed and to be shared
         self._report = Report(load=Load())
 
     @property
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
-        report = self._report
-        return bool(self._checking or self._queued or self.engine.has_work or report.endings or report.answers)
+        return bool(self._pending or self.engine.has_work or self._report.endings or self._report.answers)
 
     @property
     def load(self) -> Load:
@@ -79,6 +78,7 @@ class EngineDriver:
 
     def submit(self, submission: Submission) -> None:
         """Queue a request. One that cannot be served ends at once, alone; a grammar is compiled on another thread."""
+        self._pending.update(dict.fromkeys(submission.keys, submission))
         if submission.params.structured_outputs is not None:
             check = self._pool.submit(self.engine.check, submission.prompt, submission.params)
             self._checking[submission.key] = submission, check
@@ -91,16 +91,12 @@ class EngineDriver:
             self._enqueue(submission)
 
     def finish(self, key: int, reason: FinishReason) -> None:
-        """End a request in whatever state it is; nothing happens if it ended before."""
-        checking = self._checking.pop(key, None)
-        if checking is not None:
-            checking[1].cancel()
-            self._end_unstarted(checking[0], reason)
-            return
-        submission, generation = self._queued.pop(key, None), self._live.get(key)
+        """End a completion in whatever state it is; nothing happens if it ended before."""
+        submission, generation = self._pending.get(key), self._live.get(key)
         if submission is not None:
-            self._queue.remove(submission, priority=submission.priority, user=submission.user)
-            self._end_unstarted(submission, reason)
+            self._end_pending(submission, key, reason)
+            if self._pending.keys().isdisjoint(submission.keys):
+                self._drop(submission)
         elif generation is not None:
             self.engine.finish(generation, reason)
             self._end(key, generation)
@@ -126,8 +122,8 @@ class EngineDriver:
                     self._collect(generation)
         except EngineError as error:
             failure = str(error)
-            self._queue, self._queued, self._checking = FairQueue(), {}, {}
-            self._live, self._keys, self._unstarted = {}, {}, {}
+            self._queue, self._pending, self._checking = FairQueue(), {}, {}
+            self._live, self._keys, self._starting = {}, {}, {}
         report, self._report = self._report, Report(load=self.load)
         report.load, report.failure = self._report.load, failure
         return report
@@ -151,30 +147,39 @@ class EngineDriver:
 
     def close(self) -> Report:
         """End every request and take no more."""
-        for key in [*self._checking, *self._queued, *self._live]:
+        for key in [*self._pending, *self._live]:
             self.finish(key, FinishReason.ABORT)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         return self._report
 
     def _refuse(self, submission: Submission, error: BaseException) -> None:
-        if isinstance(error, RequestError):
-            self._end_unstarted(submission, FinishReason.REJECTED, str(error))
+        reason = FinishReason.REJECTED
+        if not isinstance(error, RequestError):
+            LOG.error("a request could not be checked or started", exc_info=error)
+            reason = FinishReason.ERROR
+        for key in submission.keys:
+            if key in self._pending:
+                self._end_pending(submission, key, reason, str(error))
+
+    def _drop(self, submission: Submission) -> None:
+        """Nobody wants any of its completions any more."""
+        checking = self._checking.pop(submission.key, None)
+        if checking is None:
+            self._queue.remove(submission, priority=submission.priority, user=submission.user)
         else:
-            LOG.error("a request could not be checked", exc_info=error)
-            self._end_unstarted(submission, FinishReason.ERROR, str(error))
+            checking[1].cancel()
 
     def _enqueue(self, submission: Submission) -> None:
         limits = self.engine.info.limits
         num_output = min(submission.params.max_tokens, limits.max_model_len - len(submission.prompt))
-        cost = len(submission.prompt) + num_output
+        cost = len(submission.prompt) + num_output * submission.params.n
         self._queue.push(submission, priority=submission.priority, user=submission.user, cost=cost)
-        self._queued[submission.key] = submission
 
     def _take_checked(self) -> None:
         """Queue the requests whose grammars are ready; wait a moment for them if there is nothing else to do."""
         checks = [check for _, check in self._checking.values()]
-        is_idle = not (self._queued or self.engine.has_work or self._report.endings or self._report.answers)
+        is_idle = not (self._queue or self.engine.has_work or self._report.endings or self._report.answers)
         if checks and is_idle:
             wait(checks, CHECK_SECONDS, FIRST_COMPLETED)
         for key, (submission, check) in list(self._checking.items()):
@@ -188,18 +193,19 @@ class EngineDriver:
 
     def _release(self) -> None:
         """Hand the engine what its next step could start: rows for all, and one step's budget of prompt tokens."""
-        self._unstarted = {n: g for n, g in self._unstarted.items() if g.request.first_planned is None}
+        self._starting = {n: g for n, g in self._starting.items() if g.waiting or g.request.first_planned is None}
         scheduler, limits = self.engine.scheduler, self.engine.info.limits
-        num_tokens = sum(generation.request.num_prompt for generation in self._unstarted.values())
+        starting = self._starting.values()
+        num_tokens = sum(g.request.num_prompt for g in starting if g.request.first_planned is None)
         num_seats = limits.max_num_seqs + NUM_AHEAD - scheduler.num_running - scheduler.num_waiting
+        num_seats -= sum(len(generation.waiting) for generation in starting)
         while self._queue and num_seats > 0 and num_tokens < limits.max_num_batched_tokens:
             submission = self._queue.pop()
-            del self._queued[submission.key]
-            generation = self._start(submission)
-            num_seats -= 1
-            num_tokens += 0 if generation is None else generation.request.num_prompt
+            self._start(submission)
+            num_seats -= submission.params.n
+            num_tokens += len(submission.prompt)
 
-    def _start(self, submission: Submission) -> Generation | None:
+    def _start(self, submission: Submission) -> None:
         try:
             generation = self.engine.add(
                 submission.prompt,
@@ -211,16 +217,18 @@ class EngineDriver:
                 is_checked=True,  # by `submit`
             )
         except Exception as error:
-            LOG.exception("a request could not be started")
-            self._end_unstarted(submission, FinishReason.ERROR, str(error))
-            return None
-        number = generation.request.number
-        self._live[submission.key] = self._unstarted[number] = generation
-        self._keys[number] = submission.key
-        self._numbers[submission.key] = number
-        if len(self._numbers) > MAX_NUMBERS:
-            self._numbers.popitem(last=False)
-        return generation
+            self._refuse(submission, error)
+            return
+        self._starting[generation.request.number] = generation
+        for key, each in zip(submission.keys, (generation, *generation.siblings), strict=True):
+            self._live[key] = each
+            self._keys[each.request.number] = key
+            self._numbers[key] = each.request.number
+            if len(self._numbers) > MAX_NUMBERS:
+                self._numbers.popitem(last=False)
+            if self._pending.pop(key, None) is None:  # it was ended before
+                self.engine.finish(each, FinishReason.ABORT)
+                self._forget(key, each)
 
     def _collect(self, generation: Generation) -> None:
         key = self._keys[generation.request.number]
@@ -237,18 +245,22 @@ class EngineDriver:
         if generation.finish_reason is not None:
             self._end(key, generation)
 
-    def _end(self, key: int, generation: Generation, error: str = "") -> None:
-        del self._live[key]
-        number = generation.request.number
-        del self._keys[number]
-        self._unstarted.pop(number, None)
+    def _end(self, key: int, generation: Generation) -> None:
+        self._forget(key, generation)
         assert generation.finish_reason is not None
-        self._report.endings.append(Ending(key, generation.finish_reason, generation.timings, number, error))
+        number = generation.request.number
+        self._report.endings.append(Ending(key, generation.finish_reason, generation.timings, number))
 
-    def _end_unstarted(self, submission: Submission, reason: FinishReason, error: str = "") -> None:
+    def _forget(self, key: int, generation: Generation) -> None:
+        del self._live[key]
+        del self._keys[generation.request.number]
+        self._starting.pop(generation.request.number, None)
+
+    def _end_pending(self, submission: Submission, key: int, reason: FinishReason, error: str = "") -> None:
+        del self._pending[key]
         timings = Timings(
             arrival=submission.arrival,
             num_prompt_tokens=len(submission.prompt),
             finished=self.engine.clock(),
         )
-        self._report.endings.append(Ending(submission.key, reason, timings, 0, error))
+        self._report.endings.append(Ending(key, reason, timings, 0, error))

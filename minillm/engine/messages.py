@@ -18,9 +18,10 @@ from minillm.types import FinishReason, SamplingParams, Timings, TokenScore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A request for the engine: token ids and how to go on from them."""
+    """A request for the engine: token ids and how to go on from them, in one completion or `params.n`."""
 
     key: int
+    """Of the first completion; those of the others follow it."""
     prompt: list[int]
     params: SamplingParams
     arrival: float
@@ -32,6 +33,11 @@ class Submission:
     """Cached prefixes are shared only under an equal salt."""
     is_streamed: bool = True
     """Whether somebody reads its tokens as they come."""
+
+    @property
+    def keys(self) -> range:
+        """Of all its completions."""
+        return range(self.key, self.key + self.params.n)
 
 
 class Ending(NamedTuple):

@@ -43,7 +43,7 @@ def slowest(choices: Sequence[Choice]) -> Timings:
 
 def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of all completions; a prompt with several completions counts once."""
-    prompts = {id(choice.prompt): choice for choice in choices}
+    prompts = {id(choice.prompt): choice for choice in reversed(choices)}  # the first of each computed its prompt
     num_prompt = sum(len(choice.prompt) for choice in prompts.values())
     num_output = sum(len(choice.token_ids) for choice in choices)
     num_cached = sum(c.timings.num_cached_tokens for c in prompts.values() if c.stream.ending is not None)

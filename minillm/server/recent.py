@@ -21,7 +21,7 @@ class RecentRequests:
 
     def add(self, request_id: str, streams: Sequence[TokenStream]) -> None:
         """Remember a request; the oldest is forgotten when there are too many."""
-        self._keys[request_id] = [stream.submission.key for stream in streams]
+        self._keys[request_id] = [stream.key for stream in streams]
         if len(self._keys) > self._max_kept:
             self._keys.popitem(last=False)
 

@@ -20,7 +20,7 @@ from minillm.server.errors import ApiError
 from minillm.server.protocol import GenerationRequest, Message
 from minillm.server.recent import RecentRequests
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings, TokenScore, shown
+from minillm.types import FinishReason, SamplingParams, Timings, TokenScore, shown
 
 __all__ = ["Choice", "Piece", "Service", "abort_all", "finish_all", "merged", "new_id"]
 
@@ -182,28 +182,28 @@ class Service:
             raise RequestError(f"n may be at most {config.max_n}, not {shown(n)}")
         if len(prompts) * n > config.max_choices:
             raise RequestError(f"prompts times n may be at most {config.max_choices}, not {len(prompts) * n}")
+        params = replace(params, n=n)
         for prompt in prompts:
             self.engine.info.check(prompt, params)
         user = body.user or ""
         self.engine.check_room(user, len(prompts) * n)
         choices: list[Choice] = []
         for prompt in prompts:
-            for i in range(n):
-                seeded = params if params.seed is None or n == 1 else replace(params, seed=(params.seed + i) & MAX_SEED)
-                stream = self.engine.submit(
-                    prompt,
-                    seeded,
-                    priority=body.priority,
-                    user=user,
-                    salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
-                    is_streamed=bool(body.stream),
-                    timeout=min(body.timeout or config.request_seconds, config.request_seconds),
-                )
-                choices.append(self._choice(len(choices), prompt, seeded, stream))
+            streams = self.engine.submit(
+                prompt,
+                params,
+                priority=body.priority,
+                user=user,
+                salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
+                is_streamed=bool(body.stream),
+                timeout=min(body.timeout or config.request_seconds, config.request_seconds),
+            )
+            choices += [self._choice(len(choices) + i, prompt, stream) for i, stream in enumerate(streams)]
         self.recent.add(request_id, [choice.stream for choice in choices])
         return choices
 
-    def _choice(self, index: int, prompt: list[int], params: SamplingParams, stream: TokenStream) -> Choice:
+    def _choice(self, index: int, prompt: list[int], stream: TokenStream) -> Choice:
+        params = stream.submission.params
         stop_token_ids = self.engine.info.stop_token_ids(params)
         reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids, params.min_tokens)
         return Choice(index=index, prompt=prompt, stream=stream, reader=reader, engine=self.engine)

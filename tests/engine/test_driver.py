@@ -137,6 +137,33 @@ def test_a_salt_keeps_prefixes_apart() -> None:
     assert cached[:2] == [0, 0] and cached[2] > 0
 
 
+def test_completions_of_one_prompt_share_its_blocks() -> None:
+    """Without the prefix cache: what they share they share as forks."""
+    driver, _ = fake_driver(max_num_seqs=8, enable_prefix_caching=False)
+    prompt = list(range(20))
+    driver.submit(submission(1, prompt, n=4))
+    log = run(driver)
+    assert [log.tokens[key] for key in range(1, 5)] == [generate(prompt, key, 5, frozenset()) for key in range(1, 5)]
+    assert driver.engine.num_computed == 20 + 4 * 4 + 3, "the prompt once, its last token for each of the others"
+
+
+def test_completions_end_one_by_one_in_every_state() -> None:
+    driver, _ = fake_driver(max_num_seqs=2)
+    driver.submit(submission(1, [5] * 20, n=4))
+    driver.submit(submission(5, [6] * 20, n=3))
+    log = Log()
+    driver.finish(6, FinishReason.ABORT)  # held back, as those beside it
+    log.note(driver.turn())
+    driver.finish(1, FinishReason.ABORT)  # the one that computes the prompt
+    driver.finish(3, FinishReason.ABORT)  # one that waits for it
+    run(driver, log)
+    reasons = {key: str(log.endings[key].reason) for key in sorted(log.endings)}
+    assert [key for key in reasons if reasons[key] == "abort"] == [1, 3, 6]
+    assert all(log.tokens[key] == generate([5] * 20, key, 5, frozenset()) for key in (2, 4))
+    assert all(log.tokens[key] == generate([6] * 20, key, 5, frozenset()) for key in (5, 7))
+    assert not driver.has_work
+
+
 def test_queries_are_answered_and_unknown_ones_too() -> None:
     driver, _ = fake_driver()
     driver.submit(submission(1))
@@ -168,10 +195,11 @@ def test_random_commands_leave_nothing_behind(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 40))):
         match data.draw(st.sampled_from(("submit", "finish", "turn", "turn"))):
             case "submit":
-                keys.append(len(keys))
+                first, n = len(keys), data.draw(st.sampled_from((1, 1, 3)))
+                keys += range(first, first + n)
                 prompt = [1] * data.draw(st.integers(1, 40))
                 user = data.draw(st.sampled_from("abc"))
-                driver.submit(submission(keys[-1], prompt, user=user, priority=data.draw(st.integers(-1, 1))))
+                driver.submit(submission(first, prompt, user=user, priority=data.draw(st.integers(-1, 1)), n=n))
             case "finish":
                 key = data.draw(st.sampled_from(keys))
                 driver.finish(key, FinishReason.ABORT)

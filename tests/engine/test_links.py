@@ -30,7 +30,7 @@ def test_closing_ends_every_request() -> None:
     async def run() -> FinishReason | None:
         engine = AsyncEngine(ThreadLink(lambda: fake_driver()[0]))
         await engine.open()
-        streams = [engine.submit([1, 2, 3], PARAMS) for _ in range(20)]
+        streams = [engine.submit([1, 2, 3], PARAMS)[0] for _ in range(20)]
         await engine.close()
         assert all(stream.ending is not None for stream in streams)
         with pytest.raises(EngineError):
@@ -53,7 +53,7 @@ def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch, ca
         device.before_step = hang
         engine = AsyncEngine(ThreadLink(lambda: driver))
         await engine.open()
-        stream = engine.submit([1, 2, 3], PARAMS)
+        (stream,) = engine.submit([1, 2, 3], PARAMS)
         await asyncio.to_thread(hung.wait, 60)
         await engine.close()
         assert stream.ending is not None and stream.ending.reason is FinishReason.ERROR

@@ -77,7 +77,7 @@ def test_an_engine_in_a_process_generates_and_ends() -> None:
     async def run() -> tuple[int, FinishReason]:
         engine = AsyncEngine(ProcessLink("random:tiny-llama", SMALL))
         await engine.open()
-        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True))
+        (stream,) = engine.submit([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True))
         num = 0
         while not stream.is_done:
             num += len(await stream.take())
@@ -105,7 +105,7 @@ def test_the_end_of_the_process_ends_its_requests() -> None:
         link = ProcessLink("random:tiny-llama", SMALL)
         engine = AsyncEngine(link)
         await engine.open()
-        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+        (stream,) = engine.submit([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
         question = asyncio.ensure_future(engine.ask("dump"))
         await stream.take()
         assert link._process is not None

@@ -85,6 +85,23 @@ def test_seeds_make_answers_repeatable_and_n_different(live: Live) -> None:
     assert first == second and len(set(first)) == 3
 
 
+def test_n_completions_compute_their_prompt_once(live: Live) -> None:
+    prompt = [(7 * at) % 490 + 5 for at in range(100)]
+    before = live.run(live.engine.ask("dump"))["load"]["num_computed"]
+    answer = live.post(
+        "/v1/completions", prompt=prompt, n=4, max_tokens=3, echo=True, logprobs=1, ignore_eos=True
+    ).json()
+    live.wait_idle()
+    num_computed = live.run(live.engine.ask("dump"))["load"]["num_computed"] - before
+    assert num_computed == len(prompt) + 2 + 3 * 3, (
+        "two of the first one's tokens, and two and the prompt's last of each other"
+    )
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    logprobs = [choice["logprobs"]["token_logprobs"] for choice in answer["choices"]]
+    assert all(len(each) == len(prompt) + 3 for each in logprobs)
+    assert all(each[: len(prompt)] == logprobs[0][: len(prompt)] for each in logprobs)
+
+
 def test_echo_begins_with_the_prompt(live: Live, expected: str) -> None:
     prompt = live.post("/detokenize", tokens=PROMPT).json()["prompt"]
     whole = live.post("/v1/completions", prompt=PROMPT, echo=True, **GREEDY).json()["choices"][0]["text"]

@@ -108,7 +108,7 @@ def test_one_that_is_held_back_is_explained_too(live: Live) -> None:
 
     async def ask() -> list[TokenStream]:
         params = SamplingParams(max_tokens=200, ignore_eos=True)
-        streams = [live.engine.submit([5] * 8, params) for _ in range(30)]
+        streams = [live.engine.submit([5] * 8, params)[0] for _ in range(30)]
         live.service.recent.add("probe", streams)
         return streams
 
