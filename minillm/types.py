@@ -17,6 +17,7 @@ from minillm.checks import (
     check_int,
     check_strings,
     check_tokens,
+    check_unicode,
     shown,
 )
 from minillm.errors import RequestError
@@ -86,6 +87,7 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(f"structured_outputs.{name} must be a text, not {shown(getattr(self, name))}")
+            check_unicode(f"structured_outputs.{name}", getattr(self, name) or "")
         if not isinstance(self.json_object, bool):
             raise RequestError(f"structured_outputs.json_object must be True or False, not {shown(self.json_object)}")
         if self.choice is not None:

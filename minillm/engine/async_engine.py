@@ -184,6 +184,7 @@ class AsyncEngine:
             salt=salt,
             is_streamed=is_streamed,
         )
+        self._link.send(("submit", (submission,)))  # if that fails, nothing is left of it
         self._num_keys += params.n
         if not self._streams:
             self._progress = now  # it was idle, not stuck
@@ -195,7 +196,6 @@ class AsyncEngine:
             if timeout is not None:
                 stream.timer = asyncio.get_running_loop().call_later(timeout, self._expire, stream)
         self.num_of_user[user] += params.n
-        self._link.send(("submit", (submission,)))
         return streams
 
     def finish(self, stream: TokenStream, reason: FinishReason) -> None:

@@ -53,8 +53,12 @@ def pack_command(command: Command) -> bytes:
 
 
 def params_of(params: SamplingParams) -> dict[str, Any]:
-    """The fields that are not as by default."""
-    values = asdict(params)
+    """The fields that are not as by default. A schema travels as text, however deep it is."""
+    values = {f.name: getattr(params, f.name) for f in fields(params)}
+    wanted = params.structured_outputs
+    if wanted is not None:
+        parts = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
+        values["structured_outputs"] = parts | {"json": wanted.schema}
     return {name: value for name, value in values.items() if value != getattr(DEFAULTS, name)}
 
 

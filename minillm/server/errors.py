@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from minillm.errors import BusyError, ClosingError, EngineError, RequestError
+from minillm.server.protocol import FIELD_NAMES
 
 __all__ = ["ApiError", "add_error_handlers", "error_response"]
 
@@ -61,7 +63,8 @@ def response_of(error: Exception) -> JSONResponse:
         status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(error, ClosingError) else HTTPStatus.TOO_MANY_REQUESTS
         return error_response(status, str(error), headers={"Retry-After": str(retry_after)})
     if isinstance(error, RequestError):
-        return error_response(HTTPStatus.BAD_REQUEST, str(error), param=str(error).partition(" ")[0])
+        field = re.split(r"[ .]", str(error), maxsplit=1)[0]  # where a message begins with one
+        return error_response(HTTPStatus.BAD_REQUEST, str(error), param=field if field in FIELD_NAMES else None)
     if isinstance(error, EngineError):
         return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has stopped")
     LOG.error("a request failed", exc_info=error)

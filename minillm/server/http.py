@@ -19,6 +19,8 @@ class BoundedProtocol(HttpToolsProtocol):
     max_head_bytes = 32768
     head_seconds = 30.0
     _num_head_bytes = 0
+    _num_empty_bytes = 0
+    """That came behind a head and were no body: what chunks are framed in, and trailers."""
     _is_in_head = True
     _timer: asyncio.TimerHandle | None = None
 
@@ -36,8 +38,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """Bytes came. What is too large is refused before more of it is kept."""
         if self._is_in_head:
             self._num_head_bytes += len(data)
+        else:
+            self._num_empty_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._num_head_bytes > self.max_head_bytes:
+        if max(self._num_head_bytes, self._num_empty_bytes) > self.max_head_bytes:
             self._refuse(TOO_LARGE)
 
     def on_message_begin(self) -> None:
@@ -47,7 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request's head is here."""
-        self._is_in_head, self._num_head_bytes = False, 0
+        self._is_in_head, self._num_head_bytes, self._num_empty_bytes = False, 0, 0
         self._cancel_timer()
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self.max_head_bytes:
@@ -57,6 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of a body came; that of a refused request is dropped."""
+        self._num_empty_bytes = 0
         if not self.transport.is_closing():
             super().on_body(body)
 
@@ -66,7 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _await_head(self) -> None:
-        self._is_in_head = True
+        self._is_in_head, self._num_empty_bytes = True, 0
         self._cancel_timer()
         self._timer = self.loop.call_later(self.head_seconds, self._refuse, TOO_SLOW)
 

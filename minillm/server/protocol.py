@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from minillm.errors import RequestError
-from minillm.types import SamplingParams, StructuredOutputsParams
+from minillm.types import MAX_BIASED_TOKENS, SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "FIELD_NAMES",
     "GenerationRequest",
     "Message",
     "ResponsesRequest",
@@ -33,7 +34,8 @@ MAX_PRIORITY = 1000
 MAX_TOOLS = 128
 
 Count = Annotated[int, Field(ge=1)]
-Tokens = list[int]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -102,7 +104,8 @@ class GenerationRequest(BaseModel):
 
 def plain(name: str, value: Any) -> Any:
     """A value from JSON, whose objects have texts for keys, as SamplingParams takes it: token ids are numbers."""
-    if name == "logit_bias" and isinstance(value, Mapping):
+    if name == "logit_bias" and isinstance(value, Mapping) and len(value) <= MAX_BIASED_TOKENS:
+        # More are refused as they are: many numbers can be chosen such that a dict of them takes seconds.
         try:
             return {int(key): item for key, item in value.items()}
         except ValueError:
@@ -115,10 +118,24 @@ def plain(name: str, value: Any) -> Any:
     return value
 
 
+def kind_of_prompt(value: Any) -> str:
+    """Which form a prompt has, by its first part: trying a million tokens against all forms takes seconds."""
+    if isinstance(value, str):
+        return "text"
+    first = value[0] if isinstance(value, list) and value else None
+    return "texts" if isinstance(first, str) else "prompts" if isinstance(first, list) else "tokens"
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | Tokens | list[Tokens]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[Texts, Tag("texts")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[list[Tokens], Field(fail_fast=True), Tag("prompts")],
+        Discriminator(kind_of_prompt),
+    ]
     max_tokens: int | None = None
     """Most tokens to generate; 16 if not given, as with OpenAI."""
     echo: bool = False
@@ -336,3 +353,8 @@ class DetokenizeRequest(Strict):
 
     model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     tokens: Tokens
+
+
+REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+FIELD_NAMES = frozenset(KNOWN).union(*(request.model_fields for request in REQUESTS))
+"""Of all requests."""

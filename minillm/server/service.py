@@ -25,7 +25,9 @@ from minillm.types import FinishReason, SamplingParams, Timings, TokenScore, sho
 __all__ = ["Choice", "Piece", "Service", "abort_all", "finish_all", "merged", "new_id"]
 
 LONG_TEXT = 4096
-"""Characters; longer texts are made into tokens on another thread."""
+"""Characters; longer texts are made into tokens, and more tokens into texts, on another thread."""
+SHORT_MESSAGE = 16
+"""Characters that take the time of a message without any."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Choice:
     finish_reason: FinishReason | None = None
 
     async def take(self) -> Piece:
-        """The next piece. Raises ApiError if the request failed or timed out before its first token."""
+        """The next piece. Raises ApiError, RequestError if the request failed or timed out before its first token."""
         tokens = await self.stream.take()
         text = ""
         for num_read, token in enumerate(tokens, start=1):
@@ -115,7 +117,7 @@ class Choice:
                 raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the request's time was over before it began to answer")
             return FinishReason.ABORT
         if ending.reason is FinishReason.REJECTED:
-            raise ApiError(HTTPStatus.BAD_REQUEST, ending.error)
+            raise RequestError(ending.error)
         if ending.reason is FinishReason.ERROR:
             params = self.stream.submission.params
             limits = params.allowed_token_ids, params.structured_outputs
@@ -149,6 +151,12 @@ class Service:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special ones included."""
+        if len(tokens) < LONG_TEXT:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special_tokens=False)
+
     async def encode_chat(
         self,
         messages: Sequence[Message],
@@ -156,12 +164,12 @@ class Service:
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation. Raises RequestError."""
-        plain = [as_template_message(message) for message in messages]
 
         def encode() -> list[int]:
+            plain = [as_template_message(message) for message in messages]
             return self.tokenizer.encode_chat(plain, tools=tools, add_generation_prompt=add_generation_prompt)
 
-        is_short = not tools and sum(len(message.text or "") for message in messages) < LONG_TEXT
+        is_short = not tools and sum(SHORT_MESSAGE + len(message.text or "") for message in messages) < LONG_TEXT
         return encode() if is_short else await asyncio.to_thread(encode)
 
     def check_num_prompts(self, num: int) -> None:
@@ -182,7 +190,7 @@ class Service:
             raise RequestError(f"n may be at most {config.max_n}, not {shown(n)}")
         if len(prompts) * n > config.max_choices:
             raise RequestError(f"prompts times n may be at most {config.max_choices}, not {len(prompts) * n}")
-        params = replace(params, n=n)
+        params = params if n == params.n else replace(params, n=n)
         for prompt in prompts:
             self.engine.info.check(prompt, params)
         user = body.user or ""

@@ -71,6 +71,6 @@ def status_router(service: Service, version: str) -> APIRouter:
             if not 0 <= token < engine.info.vocab_size:
                 last = engine.info.vocab_size - 1
                 raise RequestError(f"tokens has an id at {at} that is none: they are integers from 0 to {last}")
-        return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return {"prompt": await service.decode(body.tokens)}
 
     return router

@@ -24,6 +24,8 @@ __all__ = ["GrammarCompiler", "Matcher", "fill_masks"]
 
 MAX_SECONDS = 10.0
 """Time in which a grammar must be compiled. Its parts are bounded as well (llguidance's limits): no thread is lost."""
+MAX_MASK_ITEMS = 5_000
+"""Parser items that one mask may take, about 25 ms of everybody's step; a schema of 100 objects takes some 1,500."""
 MAX_CACHED = 64
 MASK_BITS = 32
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
@@ -119,7 +121,7 @@ class GrammarCompiler:
                 source = make.grammar_from_regex(grammar) if kind == "regex" else make.grammar_from_lark(grammar)
         except ValueError as error:
             raise RequestError(f"structured_outputs.{kind} cannot be used: {error}") from None
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(step_max_items=MAX_MASK_ITEMS, verbose_errors=False)
         matcher: Matcher = make(self._table, source, log_level=0, limits=limits)
         if not fill_masks([(matcher, [])], self._vocab_size).any():
             reason = " ".join(make.validate_grammar(source, self._table, limits=limits).split())

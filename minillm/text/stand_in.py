@@ -40,7 +40,10 @@ class StandInTokenizer(Tokenizer):
 
     def piece(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The word of an id and a space."""
-        return f"{self._word_of(token_id)} ".encode()
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = f"{self._word_of(token_id)} ".encode()
+        return piece
 
     def _word_of(self, token_id: int) -> str:
         syllables = []

@@ -166,3 +166,17 @@ def test_structured_outputs_end_at_the_end_token() -> None:
         SamplingParams(ignore_eos=True, structured_outputs=CHOICE)
     with pytest.raises(RequestError, match="StructuredOutputsParams"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+
+
+def test_a_grammar_that_would_hold_up_every_step_is_refused(llm: LLM) -> None:
+    """Every text has countless parses: a mask took seconds, and all others waited for it."""
+    grammar = "start: s\ns: s s s | s s | /[a-z ]/ |"
+    with pytest.raises(RequestError, match="structured_outputs.grammar cannot be used"):
+        llm.generate("a", SamplingParams(structured_outputs=StructuredOutputsParams(grammar=grammar)))
+
+
+def test_a_large_schema_has_room(llm: LLM) -> None:
+    part = {"type": "object", "properties": {"name": {"type": "string"}, "tags": {"items": {"anyOf": [{}, {}]}}}}
+    schema = {"type": "object", "properties": {f"part{i}": part for i in range(100)}, "required": ["part7", "part99"]}
+    params = SamplingParams(max_tokens=60, structured_outputs=StructuredOutputsParams(json=schema))
+    assert llm.generate("a", params)[0].finish_reason is not FinishReason.ERROR

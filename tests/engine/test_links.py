@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,27 @@ def test_closing_ends_every_request() -> None:
         return streams[-1].ending and streams[-1].ending.reason
 
     assert asyncio.run(run()) is FinishReason.ABORT
+
+
+def test_nothing_is_left_of_a_request_that_could_not_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        link = ThreadLink(lambda: fake_driver()[0])
+        engine = AsyncEngine(link)
+        await engine.open()
+
+        def fail(command: Any) -> None:
+            raise ValueError("not to be packed")
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="packed"):
+            patch.setattr(link, "send", fail)
+            engine.submit([1, 2, 3], PARAMS, user="a", timeout=9.0)
+        assert engine.num_unfinished == 0 and engine.num_of_user == {}
+        (stream,) = engine.submit([1, 2, 3], PARAMS)
+        while not stream.is_done:
+            await stream.take()
+        await engine.close()
+
+    asyncio.run(run())
 
 
 def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,32 @@ def test_a_stuck_step_turns_health_bad_and_is_described(caplog: pytest.LogCaptur
         assert live.client.get("/health").status_code == 200
 
 
+def test_a_full_queue_is_told_of_while_a_step_runs_and_that_step_goes_on() -> None:
+    """429 does not wait for the engine: here it comes while a step hangs, among the tokens of a stream."""
+    body = {"prompt": PROMPT, "max_tokens": 9, "ignore_eos": True, "temperature": 0}
+    with serving(config=threaded(max_waiting=2)) as live:
+        alone = live.post("/v1/completions", **body).json()["choices"][0]["text"]
+        hung, goes_on = threading.Event(), threading.Event()
+        engine = live.service.engine._link._driver.engine  # type: ignore[attr-defined]
+        submit, plans = engine.runner.submit, []
+
+        def hang(plan: Any) -> Any:
+            plans.append(plan)
+            if len(plans) == 4:
+                hung.set()
+                assert goes_on.wait(60)
+            return submit(plan)
+
+        engine.runner.submit = hang
+        with live.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as running:
+            assert hung.wait(60)
+            refused = live.post("/v1/completions", prompt=[5], n=3, max_tokens=3)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            goes_on.set()
+            events = [json.loads(line[6:]) for line in running.iter_lines() if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == alone
+
+
 def test_a_failed_step_ends_requests_and_turns_health_bad(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as live:
         engine = live.service.engine._link._driver.engine  # type: ignore[attr-defined]

@@ -133,6 +133,11 @@ def exchange(live: Live, *parts: bytes) -> bytes:
         return answer
 
 
+def is_refused(answer: bytes) -> bool:
+    """Whether a head was too large; the answer is lost if the client goes on sending into a closed connection."""
+    return not answer or answer.startswith(b"HTTP/1.1 431")
+
+
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -151,7 +156,7 @@ def test_a_large_header_is_refused_and_not_kept(live: Live, kind: str) -> None:
     before = psutil.Process().memory_info().rss
     filling = {"one": b"X-A: " + b"a" * 65536, "many": b"X-A: a\r\n" * 8192, "path": b""}[kind]
     head = b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n" if kind == "path" else HEAD
-    assert exchange(live, head, *[filling] * 100, b"\r\n\r\n").startswith((b"HTTP/1.1 431", b""))
+    assert is_refused(exchange(live, head, *[filling] * 100, b"\r\n\r\n"))
     assert psutil.Process().memory_info().rss - before < 16 * 2**20
     assert is_unharmed(live)
 
