@@ -16,7 +16,7 @@ from minillm.engine.async_engine import AsyncEngine, AsyncLimits
 from minillm.engine.driver import EngineDriver
 from minillm.engine.front import load_front_tokenizer
 from minillm.engine.links import Link, ThreadLink
-from minillm.engine.remote import ProcessLink
+from minillm.engine.remote import ProcessLink, keep_what_is_there
 from minillm.errors import ConfigError
 from minillm.server.app import create_app
 from minillm.server.config import ServerConfig
@@ -50,6 +50,7 @@ async def run(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequ
     listener = listen(config.host, config.port)
     service = await open_service(model, engine, config)
     server = ApiServer(service, keys)
+    keep_what_is_there()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leave)

@@ -77,7 +77,7 @@ def test_a_prompt_beyond_the_context(live: Live) -> None:
         ("suffix", "end"),
         ("best_of", 2),
         ("made_up", 1),
-        ("use_beam_search_please", True),
+        ("use_beam_search", True),
         ("functions", []),
         ("chat_template", "{{ 1 }}"),
         ("chat_template_kwargs", {"tokenize": True}),
