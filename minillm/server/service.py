@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from itertools import product
 from typing import Any
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from minillm.server.errors import ApiError
 from minillm.server.protocol import GenerationRequest, Message
 from minillm.server.recent import RecentRequests
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import FinishReason, SamplingParams, Timings, TokenScore, shown
+from minillm.types import MAX_SEED, FinishReason, SamplingParams, Timings, TokenScore, shown
 
 __all__ = ["Choice", "Piece", "Service", "abort_all", "finish_all", "merged", "new_id"]
 
@@ -196,10 +197,10 @@ class Service:
         user = body.user or ""
         self.engine.check_room(user, len(prompts) * n)
         choices: list[Choice] = []
-        for prompt in prompts:
+        for prompt, part in product(prompts, parts_of(params, max(1, self.engine.info.limits.max_num_seqs // 2))):
             streams = self.engine.submit(
                 prompt,
-                params,
+                part,
                 priority=body.priority,
                 user=user,
                 salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
@@ -215,6 +216,17 @@ class Service:
         stop_token_ids = self.engine.info.stop_token_ids(params)
         reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids, params.min_tokens)
         return Choice(index=index, prompt=prompt, stream=stream, reader=reader, engine=self.engine)
+
+
+def parts_of(params: SamplingParams, most: int) -> list[SamplingParams]:
+    """Parameters of `n` completions as several of at most so many each, between which others have their turn."""
+    if params.n <= most:
+        return [params]
+    seed = params.seed
+    return [
+        replace(params, n=min(most, params.n - i), seed=None if seed is None else (seed + i) % (MAX_SEED + 1))
+        for i in range(0, params.n, most)
+    ]
 
 
 def new_id(prefix: str) -> str:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from minillm.config import EngineConfig
-from minillm.types import SamplingParams
+from minillm.server.service import parts_of
+from minillm.types import MAX_SEED, SamplingParams
 from tests.server.live import Live, serving, threaded
 
 NEIGHBOUR: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -197,6 +198,35 @@ def test_one_user_cannot_take_every_place() -> None:
         assert live.post("/v1/completions", **body, user="a").status_code == 429
         assert live.post("/v1/completions", **body | {"n": 2}, user="a").status_code == 200
         assert live.engine.num_of_user == {}
+
+
+def test_many_completions_let_others_have_their_turn() -> None:
+    engine = EngineConfig(device="cpu", dtype="float32", max_model_len=256, num_kv_blocks=256, max_num_seqs=4)
+    with serving(engine=engine, config=threaded()) as live:
+        many = {
+            "prompt": [5, 6],
+            "n": 100,
+            "seed": 3,
+            "max_tokens": 100,
+            "ignore_eos": True,
+            "stream": True,
+            "user": "a",
+        }
+        with live.client.stream("POST", "/v1/completions", json=many) as running:
+            lines = running.iter_lines()
+            next(lines)
+            assert live.post("/v1/completions", prompt=[7], max_tokens=3, user="b").status_code == 200
+            assert live.engine.num_of_user["a"] > 0, "all of a user's completions were served before another's first"
+        live.wait_idle()
+
+
+@pytest.mark.parametrize("seed", [None, 7, MAX_SEED])
+def test_parts_of_many_completions_have_the_seeds_of_the_whole(seed: int | None) -> None:
+    parts = parts_of(SamplingParams(n=7, seed=seed, max_tokens=3), 3)
+    assert [part.n for part in parts] == [3, 3, 1]
+    if seed is not None:
+        seeds = [(part.seed or 0) + i for part in parts for i in range(part.n)]
+        assert [each % (MAX_SEED + 1) for each in seeds] == [(seed + i) % (MAX_SEED + 1) for i in range(7)]
 
 
 def test_a_request_whose_time_is_over_gives_what_it_has() -> None:
