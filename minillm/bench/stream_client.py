@@ -50,7 +50,8 @@ class Server:
 async def connected(server: Server, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[StreamClient]:
     """A client with as many connections as it has requests."""
     headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # None is kept: whenever a request ends the pool goes through all that are idle for each of them.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(
         base_url=server.base_url, headers=headers, timeout=server.timeout, limits=limits, transport=transport
     ) as http:
