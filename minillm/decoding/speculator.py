@@ -57,7 +57,8 @@ class Speculator:
 
     def has_guess(self, requests: Iterable[Request]) -> bool:
         """Whether it is worth waiting for the step in flight, to draft for one of those that decode."""
-        return any(self.drafter.has_guess(request) for request in requests if request.row and request.num_output)
+        decoding = (request for request in requests if request.row and request.num_output + request.num_unknown)
+        return any(self.drafter.has_guess(request) for request in decoding)
 
     def propose(self, requests: Iterable[Request]) -> None:
         """Give drafts to those of `requests` that decode; none of theirs may be in flight."""

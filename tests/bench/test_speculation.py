@@ -52,7 +52,7 @@ def test_both_engines_are_measured(model: str, capsys: pytest.CaptureFixture[str
 
 
 def test_drafts_are_lossless(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = lossless.run(model=model, config=CONFIG, max_tokens=24, num_draws=600)
+    line = lossless.run(model=model, config=CONFIG, max_tokens=64, num_draws=600)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     for kind in ("greedy", "sampled"):
         assert line[kind]["num_equal"] == 10 and line[kind]["num_drafts"] > 0
@@ -68,6 +68,6 @@ def test_a_biased_rule_is_found(
         return [*drafts, samples[-1]]
 
     monkeypatch.setattr(runner, "verified", credulous)
-    line = lossless.run(model=model, config=CONFIG, max_tokens=24, num_draws=600)
+    line = lossless.run(model=model, config=CONFIG, max_tokens=64, num_draws=600)
     assert line["greedy"]["num_equal"] < 10 and line["sampled"]["num_equal"] < 10
     assert line["distribution"]["p_value"] < 1e-6
