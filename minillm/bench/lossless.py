@@ -59,8 +59,13 @@ class Likeliest:
 def run(
     *, model: str = "smollm2", config: EngineConfig | None = None, max_tokens: int = 64, num_draws: int = 20_000
 ) -> dict[str, Any]:
-    """Compare, draw, print, and end with a JSON line, which is also returned. Raises what loading the model raises."""
+    """Compare, draw, print, and end with a JSON line, which is also returned. Raises what loading the model raises.
+
+    In float32 unless the config says otherwise: in 16 bits a token's logits depend, by their last bits, on the step that
+    it is computed in, which is seen in this many draws and has nothing to do with drafts.
+    """
     config = replace(config or EngineConfig(), recorded_steps=0)
+    config = replace(config, dtype="float32") if config.dtype == "auto" else config
     on = config if config.speculative else replace(config, speculative=NGRAM)
     off = replace(on, speculative=None, num_drafts=None, draft_device=None)
     params = {
@@ -70,7 +75,7 @@ def run(
     with LLM(model, **asdict(off)) as llm:
         expected = {kind: llm.generate(asked(llm), each) for kind, each in params.items()}
         probabilities, after = pair_probabilities(llm)
-    line: dict[str, Any] = {"bench": "lossless", "model": model, "speculative": on.speculative}
+    line: dict[str, Any] = {"bench": "lossless", "model": model, "dtype": on.dtype, "speculative": on.speculative}
     with LLM(model, **asdict(on)) as llm:
         speculator = llm.engine.speculator
         assert speculator is not None

@@ -22,9 +22,11 @@ NUM_TRIAL_ROWS = 16
 NUM_PLAIN_STEPS = 3
 """Steps of a trial of the other loop, which gain the same each."""
 FEW_ROWS = 8
-"""Up to so many rows drafting has the first turn."""
+"""Up to so many rows drafting has the first turn, with more the loop that runs ahead."""
 MIN_PATIENCE, MAX_PATIENCE = 32, 512
 """Steps until the losing loop is tried again; four times as many each time it loses."""
+CLEAR_LOSS = 1.3
+"""A trial ends at once if a token costs so many times what it costs the other loop."""
 MAX_PAUSE = 32
 """Most steps that a row whose drafts are refused goes without."""
 
@@ -127,7 +129,8 @@ class Contest:
         self._is_trial = False
         self._num_trial_steps = (NUM_PLAIN_STEPS, max(2, NUM_TRIAL_ROWS // num_rows))
         self._patience = MIN_PATIENCE
-        self._num_run, self._num_due = 0, self._num_trial_steps[self.is_on]
+        self._num_run = 0
+        self._num_due = self._num_trial_steps[True] if self.is_on else self._patience
         self._costs = (Cost(), Cost())
 
     def note(self, seconds: float, tokens_per_row: float, was_on: bool) -> None:
@@ -135,9 +138,7 @@ class Contest:
         self._costs[was_on].note(seconds, tokens_per_row)
         if was_on is self.is_on:
             self._num_run += 1
-        # Plain steps are cheap to try: as soon as drafts seem to bring less than those did.
-        is_doubtful = self.is_on and not self._is_trial and self._is_doubtful()
-        if self._num_run < self._num_due and not is_doubtful:
+        if self._num_run < self._num_due and not self._is_settled():
             return
         self._num_run = 0
         if not self._is_trial:
@@ -150,8 +151,13 @@ class Contest:
         self._is_trial = False
         self._num_due = self._patience
 
-    def _is_doubtful(self) -> bool:
-        return self._num_run >= NUM_MEASURED and self._costs[True].per_token > self._costs[False].per_token
+    def _is_settled(self) -> bool:
+        """Whether drafting need not go on to the end of its turn: plain steps are cheap to try."""
+        num_needed, loss = (1, CLEAR_LOSS) if self._is_trial else (NUM_MEASURED, 1.0)
+        return self.is_on and self._num_run >= num_needed and self._loss() > loss
+
+    def _loss(self) -> float:
+        return self._costs[True].per_token / self._costs[False].per_token
 
     def _begin_trial(self) -> None:
         self.is_on = not self._best_is_on

@@ -55,8 +55,8 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_batched_tokens=8192,
     max_num_seqs=256,
     block_size=16,
-    soft_cap=1024,
-    attention_rate=0.7,
+    soft_cap=960,
+    attention_rate=0.6,
     tile_steps=STEP_TOKENS,
 )
 CPU_DEFAULTS = DeviceDefaults(
