@@ -22,7 +22,9 @@ NUM_TRIAL_ROWS = 16
 NUM_PLAIN_STEPS = 3
 """Steps of a trial of the other loop, which gain the same each."""
 FEW_ROWS = 8
-"""Up to so many rows drafting has the first turn, with more the loop that runs ahead."""
+"""Up to so many rows drafting has the first turn."""
+FIRST_PATIENCE = 128
+"""Steps of more rows until drafting is first tried: a trial may cost what three or four of them do."""
 MIN_PATIENCE, MAX_PATIENCE = 32, 512
 """Steps until the losing loop is tried again; four times as many each time it loses."""
 CLEAR_LOSS = 1.3
@@ -128,7 +130,7 @@ class Contest:
         self.is_on = self._best_is_on = num_rows <= FEW_ROWS
         self._is_trial = False
         self._num_trial_steps = (NUM_PLAIN_STEPS, max(2, NUM_TRIAL_ROWS // num_rows))
-        self._patience = MIN_PATIENCE
+        self._patience = MIN_PATIENCE if self.is_on else FIRST_PATIENCE
         self._num_run = 0
         self._num_due = self._num_trial_steps[True] if self.is_on else self._patience
         self._costs = (Cost(), Cost())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.decoding.controller import FREE_TOKENS, MAX_PATIENCE, MIN_PATIENCE, Controller, Cost, Pace
+from minillm.decoding.controller import FIRST_PATIENCE, FREE_TOKENS, MAX_PATIENCE, Controller, Cost, Pace
 
 MAX_DRAFTS = 8
 
@@ -68,9 +68,9 @@ def test_drafts_that_do_not_hold_cost_little(num_rows: int, luck: float) -> None
 
 def test_a_trial_that_clearly_loses_takes_one_step_after_a_while_of_plain_ones() -> None:
     machine, controller = Machine(64, luck=0.3, knee=64.0), Controller(MAX_DRAFTS)
-    machine.run(controller, MIN_PATIENCE)
+    machine.run(controller, FIRST_PATIENCE)
     assert machine.num_drafting_steps == 0
-    machine.run(controller, 4 * MIN_PATIENCE)
+    machine.run(controller, 3 * FIRST_PATIENCE)
     assert machine.num_drafting_steps == 1
     assert machine.speed_over_plain >= 0.97
 
