@@ -9,6 +9,7 @@ from typing import SupportsFloat, SupportsIndex
 from minillm.errors import RequestError
 
 MAX_BIASED_TOKENS = 300
+MAX_PRIORITY = 2**31 - 1
 MAX_SHOWN = 80
 
 
@@ -24,6 +25,11 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
     number = as_int(value)
     if number is None or not low <= number <= high:
         raise RequestError(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
+
+
+def check_priority(priority: object) -> None:
+    """Raise RequestError unless this is an integer: what is served first is found by comparing."""
+    check_int("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:

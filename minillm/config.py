@@ -202,6 +202,8 @@ class ModelConfig:
         for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise ConfigError(f"a token id must be a whole number from 0, not {token_id!r}")
+            if token_id >= self.vocab_size:
+                raise ConfigError(f"token {token_id} begins or ends a text, but vocab_size is {self.vocab_size}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_size % 2:

@@ -23,6 +23,7 @@ from minillm.types import (
     RequestOutput,
     SamplingParams,
     as_int,
+    check_priority,
     shown,
 )
 
@@ -41,7 +42,7 @@ class StreamChunk:
 
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate; for one thread at a time.
 
     llm = LLM("smollm2")
     for out in llm.generate(["The capital of France is"], SamplingParams(max_tokens=32)):
@@ -74,6 +75,7 @@ class LLM:
         All inputs are checked first: RequestError names the index of a bad one, and nothing has started. Raises
         EngineError if a step fails or the LLM was closed.
         """
+        check_priority(priority)
         batch = as_batch(prompts)
         each = params_of(params, len(batch))
         encoded = [self._checked(i, prompt, each[i]) for i, prompt in enumerate(batch)]
@@ -105,6 +107,7 @@ class LLM:
 
         Streams may be read by turns: each turn advances all of them. Raises RequestError at once; EngineError.
         """
+        check_priority(priority)
         params = params_of(params, 1)[0]
         if params.n != 1:
             raise RequestError(f"n must be 1 for a stream, which is one completion, not {params.n}; use generate")
@@ -122,6 +125,7 @@ class LLM:
         All inputs are checked first: RequestError names the index of a bad one, and nothing has started. Raises
         EngineError if a step fails or the LLM was closed.
         """
+        check_priority(priority)
         params = BeamSearchParams() if params is None else params
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"params must be BeamSearchParams, not {shown(params)}")

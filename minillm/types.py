@@ -15,6 +15,7 @@ from minillm.checks import (
     check_end_tokens,
     check_float,
     check_int,
+    check_priority,
     check_strings,
     check_tokens,
     check_unicode,
@@ -37,6 +38,7 @@ __all__ = [
     "as_int",
     "check_float",
     "check_int",
+    "check_priority",
     "shown",
 ]
 

@@ -61,8 +61,8 @@ def run(
 ) -> dict[str, Any]:
     """Compare, draw, print, and end with a JSON line, which is also returned. Raises what loading the model raises.
 
-    In float32 unless the config says otherwise: in 16 bits a token's logits depend, by their last bits, on the step that
-    it is computed in, which is seen in this many draws and has nothing to do with drafts.
+    In float32 unless the config says otherwise: in 16 bits a token's logits depend, by their last bits, on the step
+    that it is computed in, which is seen in this many draws and has nothing to do with drafts.
     """
     config = replace(config or EngineConfig(), recorded_steps=0)
     config = replace(config, dtype="float32") if config.dtype == "auto" else config

@@ -27,7 +27,7 @@ from minillm.engine.timeline import Timeline
 from minillm.errors import EngineError
 from minillm.text.grammar import GrammarCompiler
 from minillm.text.tokenizer import Tokenizer
-from minillm.types import MAX_SEED, BeamSearchParams, FinishReason, SamplingParams, Timings
+from minillm.types import MAX_SEED, BeamSearchParams, FinishReason, SamplingParams, Timings, check_priority
 
 __all__ = ["Engine", "Generation"]
 
@@ -113,6 +113,7 @@ class Engine:
         Raises RequestError, or EngineError once a step has failed or the engine was closed.
         """
         self._check_running()
+        check_priority(priority)
         if not is_checked:
             self.check(prompt, params)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
@@ -144,6 +145,7 @@ class Engine:
     ) -> BeamRun:
         """Queue a beam search; `step` advances it. Raises RequestError, EngineError as `add` does."""
         self._check_running()
+        check_priority(priority)
         self.check_beams(prompt, params)
         self._metrics.num_requests += 1
         return self._beams.start(prompt, params, priority=priority, salt=salt, now=self.clock())
@@ -309,5 +311,9 @@ class Engine:
     def _fail(self, failure: BaseException) -> None:
         self._failure, self._in_flight = failure, None
         for generation in list(self._live.values()):
-            self.finish(generation, FinishReason.ERROR)
+            try:
+                self.finish(generation, FinishReason.ERROR)
+            except Exception:  # what failed may be the scheduler: nobody will ask it again
+                generation.request.finish_reason = FinishReason.ERROR
+                self._note(generation, self.clock())
         self._beams.finish_all(FinishReason.ERROR, self.clock())

@@ -222,9 +222,11 @@ def check_weights_fit(model_config: ModelConfig, place: Place) -> None:
     free, _ = free_memory(place.device)
     need = model_config.num_params * place.dtype.itemsize
     if need > free:
+        half = model_config.num_params * 2
+        advice = f'dtype="bfloat16" ({gib(half)}), ' if half <= free < need else ""
         raise MemoryFitError(
             f"the weights need {gib(need)} in {place.dtype} and {place.device} has {gib(free)} free; "
-            "take a dtype of fewer bytes, a smaller model, or a device with more memory"
+            f"take {advice}a smaller model, or a device with more memory"
         )
 
 

@@ -61,6 +61,7 @@ def test_small_is_the_shape_of_the_documents_and_the_others_are_above_it() -> No
         ("num_layers", 0, "num_layers must be a whole number from 1"),
         ("num_kv_heads", 3, "num_heads 4 is no multiple of num_kv_heads 3"),
         ("eos_token_id", -1, "a token id must be a whole number from 0"),
+        ("eos_token_id", 10**6, "token 1000000 begins or ends a text, but vocab_size is"),
     ],
 )
 def test_a_bad_field_is_named_with_its_range(tiny_config, field: str, value: object, said: str) -> None:

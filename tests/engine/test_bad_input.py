@@ -188,6 +188,39 @@ def test_one_failing_row_fails_alone() -> None:
     assert [good.token_ids, other.token_ids] == [out.token_ids for out in expected]
 
 
+@pytest.mark.parametrize("priority", ["high", None, float("nan"), 2**40, True])
+def test_a_priority_that_cannot_be_compared_harms_nobody(priority: Any) -> None:
+    with LLM(TINY, **OPTIONS) as llm:
+        alone = llm.generate([[7, 8]], GREEDY)[0].token_ids
+        stream = llm.stream([7, 8], GREEDY)
+        tokens = [*next(stream).token_ids]
+        for ask in (
+            lambda: llm.generate([[5], [6]], GREEDY, priority=priority),
+            lambda: llm.stream([5], GREEDY, priority=priority),
+            lambda: llm.beam_search([5], priority=priority),
+            lambda: llm.engine.add([5], GREEDY, priority),
+        ):
+            with pytest.raises(RequestError, match="priority must be an integer from"):
+                ask()
+        assert tokens + [token for chunk in stream for token in chunk.token_ids] == alone
+
+
+def test_a_scheduler_that_fails_ends_every_request_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the scheduler is broken")
+
+    with LLM(TINY, **OPTIONS) as llm:
+        generations = [llm.engine.add([5, 6, 7], GREEDY) for _ in range(3)]
+        llm.engine.step()
+        monkeypatch.setattr(llm.engine.scheduler, "schedule", broken)
+        monkeypatch.setattr(llm.engine.scheduler, "finish", broken)
+        with pytest.raises(EngineError, match="a step failed"):
+            while llm.engine.has_work:
+                llm.engine.step()
+        assert [g.finish_reason for g in generations] == [FinishReason.ERROR] * 3
+        assert not llm.engine.has_work
+
+
 def test_a_failing_step_ends_every_request_once() -> None:
     with LLM(TINY, **OPTIONS) as llm:
         generations = [llm.engine.add([5, 6, 7], GREEDY) for _ in range(3)]
