@@ -62,7 +62,7 @@ def test_chat_on_a_server(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: p
         cli.main()
     out, err = capsys.readouterr()
     assert exit.value.code == 0 and len(out.strip().splitlines()) == 2
-    assert f"{TINY} is ready" in err and err.count("4 tokens") == 2 and "max_model_len" in err
+    assert f"{TINY} is ready" in err and err.count("· 4 tokens ·") == 2 and "max_model_len" in err
 
 
 def test_options_of_an_engine_mean_nothing_to_a_server(
