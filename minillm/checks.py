@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex
 from minillm.errors import RequestError
 
 MAX_BIASED_TOKENS = 300
-MAX_PRIORITY = 2**31 - 1
+MAX_INT = 2**31 - 1
 MAX_SHOWN = 80
 
 
@@ -29,7 +29,7 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_priority(priority: object) -> None:
     """Raise RequestError unless this is an integer: what is served first is found by comparing."""
-    check_int("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    check_int("priority", priority, -MAX_INT, MAX_INT)
 
 
 def check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
@@ -61,10 +61,12 @@ def check_tokens(name: str, value: object) -> None:
     """Raise RequestError unless `value` is a list of token ids; the engine knows the largest."""
     if not isinstance(value, (list, tuple)):
         raise RequestError(f"{name} must be a list of integers, not {shown(value)}")
-    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31:  # ten times as fast as what follows
+    if (
+        set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_INT
+    ):  # ten times as fast as what follows
         return
     for token in value:
-        check_int(name, token, 0, 2**31 - 1)
+        check_int(name, token, 0, MAX_INT)
 
 
 def check_biases(value: object) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "check_float",
     "check_int",
     "check_priority",
+    "check_unicode",
     "shown",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minillm.bench.serve_options import FIRST_TOKEN_ID
+from minillm.bench.serve_options import FIRST_TOKEN_ID, check_above_zero, check_url
 from minillm.errors import ConfigError
 
 __all__ = ["GapOptions"]
@@ -29,7 +29,7 @@ class GapOptions:
     long_len: int = 32_768
     """Tokens of the long prompt."""
     seconds: float = 10.0
-    """How long all streams decode before it arrives."""
+    """How long all streams decode before it arrives, at least: each goes on until two more tokens came."""
     vocab_size: int = 10_000
     """Token ids are below this."""
     seed: int = 0
@@ -41,8 +41,5 @@ class GapOptions:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("seconds", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"base_url must begin with http:// or https://, not {self.base_url[:40]!r}")
+        check_above_zero(self, ("seconds", "timeout"))
+        check_url(self.base_url)

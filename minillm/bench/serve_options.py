@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.bench.lengths import TRACES
 from minillm.errors import ConfigError
 
-__all__ = ["FIRST_TOKEN_ID", "ServeOptions"]
+__all__ = ["FIRST_TOKEN_ID", "ServeOptions", "check_above_zero", "check_url"]
 
 FIRST_TOKEN_ID = 5
 """Below it are the special tokens of most models."""
+
+
+def check_above_zero(options: object, names: Sequence[str]) -> None:
+    """Raise ConfigError unless these fields are above 0; infinity is."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"{name} must be above 0, not {getattr(options, name)}")
+
+
+def check_url(base_url: str) -> None:
+    """Raise ConfigError unless this can lead to a server."""
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url must begin with http:// or https://, not {base_url[:40]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +77,12 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < (FIRST_TOKEN_ID + 1 if name == "vocab_size" else 1):
                 raise ConfigError(f"{name} must be at least {FIRST_TOKEN_ID + 1 if name == 'vocab_size' else 1}")
-        for name in ("request_rate", "burstiness", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_above_zero(self, ("request_rate", "burstiness", "timeout"))
         if self.endpoint not in ("completions", "chat"):
             raise ConfigError(f"endpoint must be completions or chat, not {self.endpoint!r}")
         if self.trace is not None and self.trace not in TRACES:
             raise ConfigError(f"trace must be one of {', '.join(TRACES)}, not {self.trace!r}")
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"base_url must begin with http:// or https://, not {self.base_url[:40]!r}")
+        check_url(self.base_url)
 
     def shares(self) -> list[float]:
         """The percentiles as numbers. Raises ConfigError."""

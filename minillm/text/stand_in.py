@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from minillm.errors import RequestError
 from minillm.text.tokenizer import Tokenizer
+from minillm.types import check_unicode
 
 __all__ = ["StandInTokenizer"]
 
@@ -33,10 +33,8 @@ class StandInTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """One token id per word. Raises RequestError."""
-        try:
-            return [self._id_of(word) for word in text.split()]
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is no Unicode text ({error.reason}); remove lone surrogates") from error
+        check_unicode("the text", text)
+        return [self._id_of(word) for word in text.split()]
 
     def piece(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The word of an id and a space."""

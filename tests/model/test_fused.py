@@ -21,13 +21,19 @@ from tests.model.paged import PagedRun
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter on a CPU")
 
 
-def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, oracle = tiny_checkpoint
+def loaded(folder: Path) -> Transformer:
+    """A checkpoint in float32, where every difference shows, on the GPU's kernel set."""
     files = resolve(str(folder))
     model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
     load_weights(model, files)
+    return model
+
+
+def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, oracle = tiny_checkpoint
+    model = loaded(folder)
     assert model.max_fused_rows == 0
-    model.max_fused_rows = 2  # float32, where every difference shows
+    model.max_fused_rows = 2
     calls = []
     forward = DecoderLayer.forward_fused
     monkeypatch.setattr(
@@ -52,9 +58,7 @@ def test_rows_of_one_sequence_see_each_other(
 ) -> None:
     """Drafts: fused products, and keys that are all written before any is read."""
     folder, oracle = tiny_checkpoint
-    files = resolve(str(folder))
-    model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
-    load_weights(model, files)
+    model = loaded(folder)
     sequence = torch.randint(0, model.config.vocab_size, (22,), generator=torch.Generator().manual_seed(2)).tolist()
     run = PagedRun(model, [sequence])
     run.step([17])
@@ -102,9 +106,7 @@ def test_layers_whose_norms_add_parts_equal_transformers(
 ) -> None:
     """As on a Hopper GPU, where products of the output and down projections come in parts."""
     folder, oracle = tiny_checkpoint
-    files = resolve(str(folder))
-    model = Transformer(load_config(files), ops=gpu, dtype=torch.float32, device="cpu")
-    load_weights(model, files)
+    model = loaded(folder)
     kinds = []
 
     def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Tile | None:
