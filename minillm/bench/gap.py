@@ -2,7 +2,7 @@
 
     streams  | | | | | | | | | | | | | |   |   |   |   |   | | | |      each bar a chunk, for every stream
              <------- before ------->  ^ <----- during --->             gaps that touch the time
-                                 long prompt                first token of its answer
+        all have begun           long prompt                first token of its answer
 
 It knows no engine. A stream's chunk stands for a token.
 """
@@ -13,6 +13,7 @@ import asyncio
 import json
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from rich.table import Table
 from minillm.bench.gap_options import GapOptions
 from minillm.bench.latency import Outcome, percentile
 from minillm.bench.serve_options import FIRST_TOKEN_ID
-from minillm.bench.stream_client import Planned, Server, StreamClient, connected, find_model
+from minillm.bench.stream_client import Planned, Server, connected, find_model
 from minillm.errors import ConfigError
 
 __all__ = ["figures_of", "run"]
@@ -39,8 +40,8 @@ def run(
 
     `transport`: how to reach a server that listens on no socket.
     """
-    long, streams = asyncio.run(measure(options, key, transport))
-    line = {"bench": "gap", **figures_of(long, streams, options.seconds), "options": asdict(options)}
+    began, long, streams = asyncio.run(measure(options, key, transport))
+    line = {"bench": "gap", **figures_of(began, long, streams), "options": asdict(options)}
     show(line)
     print(json.dumps(line, allow_nan=False))
     return line
@@ -48,8 +49,11 @@ def run(
 
 async def measure(
     options: GapOptions, key: str | None, transport: httpx.AsyncBaseTransport | None
-) -> tuple[Outcome, list[list[float]]]:
-    """The long request's outcome, and the times of each stream's chunks. Raises ConfigError if any of them failed."""
+) -> tuple[float, Outcome, list[list[float]]]:
+    """When all streams had begun, the long request's outcome, and the times of each stream's chunks.
+
+    Raises ConfigError if any of them failed.
+    """
     rng = random.Random(options.seed)
 
     def draw(num_input: int, num_output: int) -> Planned:
@@ -66,7 +70,16 @@ async def measure(
         times: list[list[float]] = [[] for _ in range(options.num_streams)]
         tasks = [asyncio.create_task(client.send(draw(options.input_len, num_output), each.append)) for each in times]
         try:
-            return await send_long(client, draw(options.long_len, 1), options.seconds, times, tasks), times
+            await a_chunk_each(times, tasks)
+            began = time.perf_counter()
+            await asyncio.sleep(options.seconds)
+            await a_chunk_each(times, tasks)
+            await a_chunk_each(times, tasks)  # two, so that a gap lies before however slow the server is
+            long = await client.send(draw(options.long_len, 1))
+            if long.error:
+                raise ConfigError(f"the long request failed: {long.error}")
+            await a_chunk_each(times, tasks)  # the gaps that its answer ended in
+            return began, long, times
         finally:
             for task in tasks:
                 task.cancel()
@@ -74,27 +87,13 @@ async def measure(
                 await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def send_long(
-    client: StreamClient,
-    planned: Planned,
-    seconds: float,
-    times: Sequence[Sequence[float]],
-    tasks: Sequence[asyncio.Task[Outcome]],
-) -> Outcome:
-    """The long request's outcome, sent `seconds` after the last stream began. Raises ConfigError."""
-    while not all(times):
-        check_running(tasks)
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(seconds)
-    check_running(tasks)
-    long = await client.send(planned)
-    if long.error:
-        raise ConfigError(f"the long request failed: {long.error}")
+async def a_chunk_each(times: Sequence[Sequence[float]], tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+    """Wait until every stream has had another chunk. Raises ConfigError if one has ended."""
     lengths = [len(each) for each in times]
-    while any(len(each) <= length for each, length in zip(times, lengths, strict=True)):  # the gaps that it ended in
-        check_running(tasks)
+    check_running(tasks)
+    while any(len(each) <= length for each, length in zip(times, lengths, strict=True)):
         await asyncio.sleep(0.01)
-    return long
+        check_running(tasks)
 
 
 def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
@@ -105,17 +104,12 @@ def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
             raise ConfigError(f"a stream ended too early: {error}")
 
 
-def figures_of(long: Outcome, streams: Sequence[Sequence[float]], seconds: float) -> dict[str, Any]:
-    """Gaps in milliseconds, of all streams: those of the `seconds` before, and those that the long prompt touched.
-
-    Raises ConfigError if there was none before.
-    """
+def figures_of(began: float, long: Outcome, streams: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Gaps in milliseconds, of all streams: those since all had begun, and those that the long prompt touched."""
     arrived, answered = long.sent, long.chunk_times[0]
     gaps = [pair for times in streams for pair in pairwise(times)]
-    before = sorted(1e3 * (b - a) for a, b in gaps if arrived - seconds <= a and b <= arrived)
+    before = sorted(1e3 * (b - a) for a, b in gaps if began <= a and b <= arrived)
     during = sorted(1e3 * (b - a) for a, b in gaps if b > arrived and a < answered)
-    if not before:
-        raise ConfigError(f"no gap between two tokens lay in the {seconds:g} s before the long prompt: raise seconds")
     median = statistics.median(before)
     return {
         "num_streams": len(streams),
