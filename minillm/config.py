@@ -41,7 +41,8 @@ class EngineConfig:
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     max_model_len: int | None = None
-    """Most positions of a request, prompt and output together; None takes the model's, less if memory holds less."""
+    """Most positions of a request, prompt and output together, at least 2; None takes the model's, or less if memory
+    holds less."""
     max_num_batched_tokens: int | None = None
     """Hard cap on the tokens of one step: it sets the activation memory."""
     max_num_seqs: int | None = None
@@ -83,8 +84,9 @@ class EngineConfig:
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {shown(self.device)}")
         for name, high in MAX_SIZES.items():
             value = getattr(self, name)
-            if not is_int_in(value, 1, high) and (value is not None or name == "min_chunk_size"):
-                raise ConfigError(f"{name} must be an integer from 1 to {high}, not {shown(value)}")
+            low = 2 if name == "max_model_len" else 1  # a prompt of one token, and the one that follows it
+            if not is_int_in(value, low, high) and (value is not None or name == "min_chunk_size"):
+                raise ConfigError(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
         if self.block_size is not None and not (is_int_in(self.block_size, 1, 128) and self.block_size in BLOCK_SIZES):
             raise ConfigError(f"block_size must be one of {BLOCK_SIZES}, not {shown(self.block_size)}")
         if self.max_chunk_size is not None and self.max_chunk_size < self.min_chunk_size:

@@ -141,6 +141,7 @@ def test_params_per_prompt_must_match(llm: LLM) -> None:
         ({"device": "cuda:99"}, "device"),
         ({"block_size": 17}, "block_size"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_model_len": 1}, "max_model_len must be an integer from 2"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization"),
         ({"min_chunk_size": 64, "max_chunk_size": 16}, "max_chunk_size"),
