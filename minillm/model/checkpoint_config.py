@@ -56,12 +56,12 @@ def config_from_folder(folder: Path) -> ModelConfig:
 
 
 def whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number; the default where there is none or null. Raises KeyError without either, and ConfigError."""
+    """A whole number from 1; the default where there is none or null. Raises KeyError without either, ConfigError."""
     value = raw[key] if default is None else raw.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key} must be a whole number, not {value!r:.100}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{key} must be a whole number from 1, not {value!r:.100}")
     return value
 
 
@@ -149,7 +149,7 @@ def token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
 def sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that attention looks back on, if the model limits them."""
     is_used = raw.get("use_sliding_window", False) if family.startswith("Qwen") else True
-    has_window = is_used and raw.get("sliding_window") is not None
+    has_window = is_used and raw.get("sliding_window") not in (None, 0)
     return whole(raw, "sliding_window") if has_window else None
 
 
@@ -225,6 +225,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
     """Metadata without the architecture's prefix -> ModelConfig; what has no key is read off the tensor table."""
     tensors, num_heads = file.tensors, whole(own, "attention.head_count")
+    window = "attention.sliding_window"
     head_size = whole(own, "attention.key_length", whole(own, "embedding_length") // num_heads)
     if (
         own.get("rope.dimension_count", head_size) != head_size
@@ -240,7 +241,7 @@ def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=whole(own, "attention.head_count_kv", num_heads),
         head_size=head_size,
-        max_position=windowed(whole(own, "context_length"), whole(own, "attention.sliding_window", 0) or None),
+        max_position=windowed(whole(own, "context_length"), whole(own, window) if own.get(window) else None),
         rms_norm_eps=number(own, "attention.layer_norm_rms_epsilon"),
         rope_theta=number(own, "rope.freq_base", 10_000.0),
         rope_scaling=gguf_scaling(own),
