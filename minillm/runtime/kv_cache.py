@@ -44,8 +44,12 @@ def make_kv_cache(
 class MemoryBudget:
     """What a device can give, in bytes, and what one token of cache costs."""
 
-    total: int
-    """Bytes that the engine may use in all."""
+    memory: int
+    """Bytes of which the engine may use a share."""
+    utilization: float
+    """The share, in (0, 1]."""
+    taken: int
+    """Bytes of the share that others hold; below 0 for what the engine holds outside of `memory`."""
     weights: int
     activations: int
     """Most that one step of `step_tokens` needs beside weights and cache, block tables included."""
@@ -56,6 +60,11 @@ class MemoryBudget:
     smaller_step_tokens: int
     """A step that could be had instead, and what it needs."""
     smaller_activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that the engine may use in all."""
+        return int(self.memory * self.utilization) - self.taken
 
     @property
     def num_tokens(self) -> int:
@@ -69,13 +78,17 @@ class MemoryBudget:
 
     def explain(self, num_tokens: int, option: str) -> str:
         """Why `num_tokens` of cache, asked for by `option`, do not fit: three numbers, and settings that would do."""
-        need = self.weights + self.activations + (num_tokens + self.block_size) * self.bytes_per_token
+        num_blocks = -(-num_tokens // self.block_size) + 1
+        need = self.weights + self.activations + num_blocks * self.block_size * self.bytes_per_token
         advice = []
         if self.num_tokens:
             fitting = self.num_tokens // self.block_size if option == "num_kv_blocks" else self.num_tokens
             advice.append(f"{option}={fitting}")
         if self.smaller_step_tokens >= MIN_ADVISED_STEP and self.fitting(self.smaller_activations) >= num_tokens:
             advice.append(f"max_num_batched_tokens={self.smaller_step_tokens}")
+        share = math.ceil(100 * (need + self.taken) / self.memory) / 100
+        if share <= 1:
+            advice.append(f"gpu_memory_utilization={share}")
         advice.append("a dtype of fewer bytes, a smaller model, or a device with more memory")
         return (
             f"the model does not fit: weights {gib(self.weights)}, activations {gib(self.activations)} in a step of "

@@ -241,19 +241,20 @@ def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes:
     if device.type == "cuda":
         activations = worst_step_bytes(model, place, sizes)
         torch.cuda.empty_cache()  # what loading and that step left over
-        free, total = free_memory(device)
+        free, memory = free_memory(device)
         weights = torch.cuda.memory_allocated(device)
-        others = total - free - torch.cuda.memory_reserved(device)
-        usable = int(total * config.gpu_memory_utilization) - max(0, others)
+        taken = max(0, memory - free - torch.cuda.memory_reserved(device))
     else:
-        free, _ = free_memory(device)
+        memory, _ = free_memory(device)
         activations, weights = estimated, model.num_weight_bytes
-        usable = weights + int(free * config.gpu_memory_utilization)
+        taken = -weights  # they are there already, and `memory` is what is free beside them
     num_seats = sizes.max_num_seqs + 1
     tables = num_seats * -(-sizes.max_model_len // sizes.block_size) * TABLE_ENTRY_BYTES
     tables += LogitEdits.num_bytes(num_seats, model.config.vocab_size, sizes.max_model_len)
     return MemoryBudget(
-        total=usable,
+        memory=memory,
+        utilization=config.gpu_memory_utilization,
+        taken=taken,
         weights=weights,
         activations=activations + tables,
         bytes_per_token=model.config.kv_bytes_per_token(itemsize),

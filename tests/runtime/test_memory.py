@@ -18,7 +18,9 @@ from minillm.runtime.startup import choose_num_blocks, choose_sizes
 
 CPU = torch.device("cpu")
 BUDGET = MemoryBudget(
-    total=1_000_000,
+    memory=2_000_000,
+    utilization=0.5,
+    taken=0,
     weights=400_000,
     activations=200_000,
     bytes_per_token=100,
@@ -48,23 +50,26 @@ def test_a_length_that_is_named_fits_or_is_refused() -> None:
         blocks(EngineConfig(max_model_len=3985))
 
 
-@pytest.mark.parametrize("config", [EngineConfig(num_kv_blocks=500), EngineConfig(max_model_len=5000)])
-def test_advice_would_work(config: EngineConfig) -> None:
+@pytest.mark.parametrize(("memory", "taken"), [(2_000_000, 0), (2_400_000, 200_000), (1_200_000, -400_000)])
+@pytest.mark.parametrize("config", [EngineConfig(num_kv_blocks=312), EngineConfig(max_model_len=5000)])
+def test_advice_would_work(config: EngineConfig, memory: int, taken: int) -> None:
+    budget = replace(BUDGET, memory=memory, taken=taken)
     with pytest.raises(MemoryFitError) as error:
-        blocks(config)
-    advised = dict(re.findall(r"(num_kv_blocks|max_model_len|max_num_batched_tokens)=(\d+)", str(error.value)))
-    assert advised
-    for name, value in advised.items():
-        if name == "max_num_batched_tokens":
-            budget = replace(BUDGET, activations=BUDGET.smaller_activations)
-            assert blocks(config, budget) > 1
-        else:
-            assert blocks(replace(config, **{name: int(value)})) > 1
+        blocks(config, budget)
+    advised = dict(re.findall(r"(\w+)=([\d.]+\d)", str(error.value)))
+    (own,) = [name for name in ("num_kv_blocks", "max_model_len") if getattr(config, name)]
+    assert advised.keys() == {own, "max_num_batched_tokens", "gpu_memory_utilization"}
+    assert blocks(replace(config, **{own: int(advised[own])}), budget) > 1
+    assert blocks(config, replace(budget, activations=BUDGET.smaller_activations)) > 1
+    share = float(advised["gpu_memory_utilization"])
+    assert blocks(config, replace(budget, utilization=share)) > 1
+    with pytest.raises(MemoryFitError):
+        blocks(config, replace(budget, utilization=share - 0.01))
 
 
 def test_nothing_is_advised_that_cannot_help() -> None:
     with pytest.raises(MemoryFitError) as error:
-        blocks(EngineConfig(max_model_len=5000), replace(BUDGET, total=450_000))
+        blocks(EngineConfig(max_model_len=5000), replace(BUDGET, memory=450_000, utilization=1.0))
     assert "=" not in str(error.value)
 
 
