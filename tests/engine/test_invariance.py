@@ -150,6 +150,27 @@ def test_preemption_does_not_matter(model: str, kind: str) -> None:
         assert [out.token_ids for out in outputs] == alone, f"{name}: preempted {preemptions} times"
 
 
+def test_budgets_that_cut_a_long_prompt(model: str) -> None:
+    """600 tokens in 38, 10 and 2 chunks and whole, beside one that shares half of it and a short one."""
+    rng = random.Random(3)
+    long = [rng.randrange(5, 250) for _ in range(600)]
+    batch = [long, [*long[:300], 8], long[300:303]]
+    for kind in PARAMS:
+        found = {}
+        for num_tokens in (16, 64, 512, 1024):
+            for cached in (False, True):
+                options = {"max_num_batched_tokens": num_tokens, "enable_prefix_caching": cached, "max_model_len": 1024}
+                with LLM(model, **(BASE | options)) as llm:
+                    first = llm.generate([long], PARAMS[kind][0])[0]
+                    assert first.timings.num_chunks == -(-600 // num_tokens)
+                    found[num_tokens, cached] = tokens_of(llm, batch, PARAMS[kind][:3])
+                    assert found[num_tokens, cached][0] == first.token_ids
+                    if kind == "greedy" and not cached and num_tokens == 1024:
+                        margins = [smallest_margin(llm, *pair) for pair in zip(batch, found[1024, False], strict=True)]
+                        assert min(margins) > MARGIN, f"these prompts have near-ties and prove nothing: {margins}"
+        assert all(tokens == found[1024, False] for tokens in found.values())
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_neighbours_do_not_matter(model: str, alone: dict[str, list[list[int]]], overlap: bool) -> None:
     neighbours = [SamplingParams(temperature=1.0, max_tokens=5 + i, seed=i, ignore_eos=True) for i in range(32)]
