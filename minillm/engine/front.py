@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from minillm.model.sources import resolve
-from minillm.text.tokenizer import Tokenizer, load_tokenizer
+from minillm.text.loading import load_tokenizer
+from minillm.text.tokenizer import Tokenizer
 
 __all__ = ["load_front_tokenizer"]
 

@@ -17,7 +17,8 @@ from minillm.errors import ConfigError
 from minillm.model.sources import DEFAULT_MODEL, load_config, load_weights, resolve
 from minillm.runtime.runner import Runner
 from minillm.runtime.startup import Started, start_runner
-from minillm.text.tokenizer import Tokenizer, load_tokenizer
+from minillm.text.loading import load_tokenizer
+from minillm.text.tokenizer import Tokenizer
 
 __all__ = ["DEFAULT_MODEL", "Launched", "launch", "launch_driver"]
 

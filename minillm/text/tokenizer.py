@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
@@ -16,46 +16,10 @@ from minillm.text.gguf_vocab import backend_from_gguf
 from minillm.text.pieces import spelling_of
 from minillm.text.template import ChatTemplate
 
-__all__ = ["Tokenizer", "TokenizerFiles", "load_tokenizer"]
+__all__ = ["Tokenizer"]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 GGUF_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-class TokenizerFiles(Protocol):
-    """What is needed of a model's files to find its tokeniser (`model.sources.ModelFiles` has it)."""
-
-    @property
-    def kind(self) -> str:
-        """folder, gguf or random."""
-
-    @property
-    def path(self) -> Path | None:
-        """The folder or file."""
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """A GGUF file's metadata."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Size of the vocabulary of a random model."""
-
-
-def load_tokenizer(files: TokenizerFiles) -> Tokenizer:
-    """The tokeniser of a model. Raises CheckpointError if its files have none that can be read."""
-    if files.kind == "gguf":
-        try:
-            return Tokenizer.from_gguf(files.metadata)
-        except CheckpointError as error:
-            raise CheckpointError(f"{files.path} has no tokeniser that can be read: {error}") from error
-    if files.kind == "folder":
-        assert files.path is not None
-        return Tokenizer.from_folder(files.path)
-    from minillm.text.stand_in import StandInTokenizer
-
-    assert files.vocab_size is not None
-    return StandInTokenizer(files.vocab_size)
 
 
 class Tokenizer:

@@ -13,7 +13,7 @@ from minillm.config import Configs
 from minillm.kernels import cpu, reference
 from minillm.model.sources import load_config, load_weights, resolve
 from minillm.model.transformer import Transformer
-from minillm.text.tokenizer import load_tokenizer
+from minillm.text.loading import load_tokenizer
 from tests.model.paged import PagedRun
 
 TEXTS = [

@@ -14,7 +14,8 @@ import pytest
 from minillm.errors import CheckpointError, RequestError
 from minillm.model.gguf import GGUFFile
 from minillm.model.sources import resolve
-from minillm.text.tokenizer import Tokenizer, load_tokenizer
+from minillm.text.loading import load_tokenizer
+from minillm.text.tokenizer import Tokenizer
 from tests.text.conftest import varied_strings
 
 NUM_STRINGS = 1000
