@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm.classic.kv_cache import KVCache
-from minillm.kernels.step_inputs import expand_step_inputs
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 
@@ -96,12 +96,12 @@ def run_passes(
     counts = [len(ids) for ids in sequences] + [0] * (cache.batch_size - len(sequences))
     cache.reserve([length + count for length, count in zip(cache.lengths, counts, strict=True)])
     for parts in passes:
-        yield parts, model.run_layers(forward_batch(sequences, cache, parts, attention), cache.tensor)
+        yield parts, model.run_layers(forward_batch(model.ops, sequences, cache, parts, attention), cache.tensor)
     cache.advance(counts)
 
 
 def forward_batch(
-    sequences: Sequence[Tensor], cache: KVCache, parts: Sequence[Part], attention: Attention
+    ops: ModuleType, sequences: Sequence[Tensor], cache: KVCache, parts: Sequence[Part], attention: Attention
 ) -> ForwardBatch:
     """What a pass reads. A part is a row of the batch; parts of one sequence share its block table."""
     device = cache.tensor.device
@@ -111,7 +111,7 @@ def forward_batch(
     columns = [[part.row for part in parts], starts, counts, query_starts[:-1], query_starts[:-1]]
     columns_5R = torch.tensor(columns, dtype=torch.int32, device=device)
     ids_t = torch.cat([sequences[part.row][part.start : part.end] for part in parts])
-    inputs = expand_step_inputs(
+    inputs = ops.expand_step_inputs(
         columns_5R,
         ids_t.to(device, torch.int32),
         block_tables_SM=cache.tables_BM,

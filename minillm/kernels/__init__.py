@@ -2,8 +2,8 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, decode_attention, edits, fused, sampling, step_inputs behind it; for
-               steps of a few rows skinny and fused_decode, for some more hopper_linear)
+    gpu        Triton (attention, hopper_attention, decode_attention, edits, expand_kernel, fused, sampling behind it;
+               for steps of a few rows skinny and fused_decode, for some more hopper_linear)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -13,6 +13,8 @@ Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value
 R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,
 O output features, E entries of a rotary table = positions, K edited rows, D drafts, W = V / 32 words of a mask.
 
+    expand_step_inputs(columns_5R, tokens, *, block_tables_SM, last_tokens_S, block_size, num_tokens) -> StepInputs
+        a step's columns, one value a row, as what the model reads, one value a token.
     linear(x_TD, weight_OD, bias_O | None) -> y_TO
     rms_norm(x_TD, weight_D, eps) -> y_TD
     add_rms_norm(x_TD, residual_TD, weight_D, eps) -> y_TD        residual += x in place, y = rms_norm(residual)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minillm.kernels.cpu_linear import PackedWeight, linear, pack_linear
 from minillm.kernels.sampling_reference import edit_scores, gumbel_noise, keep_mask, keep_tokens
+from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
     "PackedWeight",
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "default_dtype",
     "edit_scores",
+    "expand_step_inputs",
     "keep_tokens",
     "linear",
     "pack_linear",

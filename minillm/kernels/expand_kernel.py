@@ -12,12 +12,12 @@ from torch import Tensor
 
 from minillm.kernels.step_inputs import StepInputs
 
-__all__ = ["expand_in_triton"]
+__all__ = ["expand_step_inputs"]
 
 TILE = 128
 
 
-def expand_in_triton(
+def expand_step_inputs(
     columns_5R: Tensor,
     tokens: Tensor,
     *,
@@ -26,7 +26,7 @@ def expand_in_triton(
     block_size: int,
     num_tokens: int,
 ) -> StepInputs:
-    """`expand_step_inputs` on a GPU; columns and tables contiguous."""
+    """`step_inputs.expand_step_inputs` in Triton; columns and tables contiguous."""
     num_rows, device = columns_5R.shape[1], columns_5R.device
     assert columns_5R.is_contiguous() and block_tables_SM.is_contiguous()
     input_ids_T = torch.empty(num_tokens, dtype=torch.int32, device=device)

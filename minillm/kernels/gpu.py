@@ -21,6 +21,7 @@ from minillm.kernels import fused, reference
 from minillm.kernels.attention import paged_attention
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.edits import edit_scores
+from minillm.kernels.expand_kernel import expand_step_inputs
 from minillm.kernels.fused_decode import fused_decode
 from minillm.kernels.sampling import keep_tokens, sample
 from minillm.kernels.skinny import add_linear, max_fused_rows, norm_gated_linear, norm_linear
@@ -30,6 +31,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "edit_scores",
+    "expand_step_inputs",
     "fused_decode",
     "gated_linear",
     "keep_tokens",

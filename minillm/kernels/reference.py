@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from minillm.kernels.sampling_reference import edit_scores, keep_tokens, sample
+from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "edit_scores",
+    "expand_step_inputs",
     "keep_tokens",
     "linear",
     "rms_norm",

@@ -1,6 +1,6 @@
 """From a step's packed words to a model's inputs, on the device: per-row columns become per-token tensors.
 
-In plain torch here, for a CPU and as the oracle; on a GPU one Triton kernel (`expand_kernel`) with the same result.
+In plain torch here, for a CPU and as the oracle; `expand_kernel` does the same in one launch of a Triton kernel.
 It knows columns and tables, not plans. Shapes: T tokens, R rows, S seats, M blocks a seat can hold.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["StepInputs", "expand_in_torch", "expand_step_inputs"]
+__all__ = ["StepInputs", "expand_step_inputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,32 +48,6 @@ def expand_step_inputs(
     padding: id 0, position 0, slot 0. Padding by rows of seat 0, whose table holds block 0 alone, does as well. Shapes
     depend on R and `num_tokens` alone, so a CUDA graph can hold the call.
     """
-    if columns_5R.is_cuda:
-        from minillm.kernels.expand_kernel import expand_in_triton
-
-        expand = expand_in_triton
-    else:
-        expand = expand_in_torch
-    return expand(
-        columns_5R,
-        tokens,
-        block_tables_SM=block_tables_SM,
-        last_tokens_S=last_tokens_S,
-        block_size=block_size,
-        num_tokens=num_tokens,
-    )
-
-
-def expand_in_torch(
-    columns_5R: Tensor,
-    tokens: Tensor,
-    *,
-    block_tables_SM: Tensor,
-    last_tokens_S: Tensor,
-    block_size: int,
-    num_tokens: int,
-) -> StepInputs:
-    """`expand_step_inputs` in plain torch."""
     _, starts_R, counts_R, query_starts_R, _ = columns_5R
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=columns_5R.device)
     row_T = torch.searchsorted(query_starts_R, token_T, right=True, out_int32=True) - 1

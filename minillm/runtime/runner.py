@@ -22,7 +22,6 @@ from torch import Tensor
 
 from minillm.core.plan import StepPlan, StepResult
 from minillm.kernels.sampling_reference import NOT_FINITE
-from minillm.kernels.step_inputs import expand_step_inputs
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import PaddedShapes, StepWords, step_words
@@ -287,7 +286,7 @@ class Runner:
         return Bounds(words.num_tokens, words.num_decodes, words.has_drafts, words.max_query_len, longest)
 
     def _run_layers(self, bounds: StepWords | Bounds, columns_5R: Tensor, tokens_T: Tensor) -> Tensor:
-        expanded = expand_step_inputs(
+        expanded = self.ops.expand_step_inputs(
             columns_5R,
             tokens_T,
             block_tables_SM=self.rows.block_tables_SM,

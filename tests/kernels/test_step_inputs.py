@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.kernels.expand_kernel import expand_in_triton
-from minillm.kernels.step_inputs import StepInputs, expand_in_torch, expand_step_inputs
+from minillm.kernels import cpu, gpu
+from minillm.kernels.step_inputs import StepInputs
 
 FIELDS = ("input_ids_T", "positions_T", "slots_T", "query_starts_R1", "context_lens_R")
 BLOCK_SIZE = 16
@@ -67,7 +67,7 @@ def check_equal(got: StepInputs, expected: dict[str, list[int]]) -> None:
         assert tensor.dtype == (torch.int64 if name == "slots_T" else torch.int32), name
 
 
-@pytest.mark.parametrize("expand", [expand_in_torch, expand_in_triton, expand_step_inputs])
+@pytest.mark.parametrize("expand", [cpu.expand_step_inputs, gpu.expand_step_inputs])
 @pytest.mark.parametrize(
     ("num_rows", "num_padding", "is_decode"),
     [(1, 0, True), (1, 5, False), (2, 0, False), (3, 0, True), (7, 130, False), (16, 16, True), (33, 1, False)],
@@ -86,7 +86,7 @@ def test_rows_of_seat_0_pad_a_step_into_block_0(device) -> None:
     padding = torch.tensor([[0, 0, 1, 5, -1], [0, 0, 1, 6, -1]], dtype=torch.int32).T
     step["columns_5R"] = torch.cat((step["columns_5R"], padding), 1)
     step["num_tokens"] = 7
-    for expand in (expand_in_torch, expand_in_triton):
+    for expand in (cpu.expand_step_inputs, gpu.expand_step_inputs):
         got = expand(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in step.items()})
         check_equal(got, naive(step))
         assert got.slots_T[5:].tolist() == [0, 0]
@@ -96,10 +96,10 @@ def test_rows_of_seat_0_pad_a_step_into_block_0(device) -> None:
 def test_a_cuda_graph_replays_with_new_words() -> None:
     steps = [random_step(seed, 16, 0, True) for seed in (1, 2)]
     fixed = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in steps[0].items()}
-    expand_step_inputs(**fixed)
+    gpu.expand_step_inputs(**fixed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = expand_step_inputs(**fixed)
+        got = gpu.expand_step_inputs(**fixed)
     for step in steps:
         for name, x in step.items():
             if isinstance(x, torch.Tensor):
