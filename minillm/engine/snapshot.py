@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict, deque
 from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from minillm.core.block_pool import BlockPool
@@ -30,6 +31,8 @@ CLASSES: dict[str, type] = {
 LEAVES = (type(None), bool, int, float, str, bytes)
 CONTENTS = ("tokens", "params", "stop_token_ids", "salt", "drafts")
 """Fields of a request that hold what it says or how it is sampled."""
+REQUEST_FIELDS = tuple(name for name in Request.__slots__ if name not in CONTENTS)
+read_fields = attrgetter(*REQUEST_FIELDS)
 STOP_TOKEN = 1
 """Stands for any token that ends its request; other tokens are 0."""
 MAX_TOKENS = 2**24
@@ -47,6 +50,13 @@ class Same(NamedTuple):
     """A reference to an object that came before."""
 
     number: int
+
+
+class First(NamedTuple):
+    """The first values of a list that only grows: as good as a copy."""
+
+    values: list[bytes]
+    num: int
 
 
 class Zeros(NamedTuple):
@@ -67,19 +77,29 @@ def freeze(value: Any, seen: dict[int, int] | None = None, leave_out: str = "") 
         return value
     if isinstance(value, dict | list | deque | tuple | frozenset):
         return freeze_container(value, seen)
+    if id(value) in seen:
+        return Same(seen[id(value)])
+    if isinstance(value, Request):
+        number = seen[id(value)] = len(seen)
+        return Frozen("Request", number, freeze_request(value, seen))
     name = next((cls.__name__ for cls in type(value).__mro__ if cls.__name__ in CLASSES), None)
     if name is None:
         return None
-    if id(value) in seen:
-        return Same(seen[id(value)])
     number = seen[id(value)] = len(seen)
     names = vars(value) if hasattr(value, "__dict__") else type(value).__slots__
-    skipped = CONTENTS if name == "Request" else (leave_out,)
-    attributes = ((f, getattr(value, f)) for f in names if f not in skipped)
-    fields = {f: v if type(v) in LEAVES else freeze(v, seen) for f, v in attributes}
-    if name == "Request":
-        fields["tokens"] = Zeros(len(value.tokens))
-    return Frozen(name, number, fields)
+    return Frozen(name, number, {f: freeze(getattr(value, f), seen) for f in names if f != leave_out})
+
+
+def freeze_request(request: Request, seen: dict[int, int]) -> dict[str, Any]:
+    """Its fields; there may be a thousand, so those that nobody changes in place are not looked at one by one."""
+    fields = dict(zip(REQUEST_FIELDS, read_fields(request), strict=True))
+    parent = None if request.parent is None else freeze(request.parent, seen)
+    return fields | {
+        "blocks": request.blocks[:],
+        "keys": First(request.keys, len(request.keys)),
+        "parent": parent,
+        "tokens": Zeros(len(request.tokens)),
+    }
 
 
 def freeze_container(value: Any, seen: dict[int, int]) -> Any:
@@ -120,6 +140,8 @@ def encode(value: Any, keys: Keys) -> Any:
         return ["same", value.number]
     if isinstance(value, Zeros):
         return ["zeros", value.num]
+    if isinstance(value, First):
+        return ["list", *(encode(v, keys) for v in value.values[: value.num])]
     if isinstance(value, array):
         return ["ints", *value]
     if isinstance(value, dict):

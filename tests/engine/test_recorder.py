@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from minillm.core.plan import StepPlan
 from minillm.core.scheduler import Scheduler
 from minillm.engine.recorder import RecordingScheduler
 from minillm.engine.replay import load, replay
-from minillm.engine.snapshot import Keys, decode, encode, freeze
+from minillm.engine.snapshot import REQUEST_FIELDS, Keys, decode, encode, freeze
 from minillm.errors import ConfigError
 from minillm.types import FinishReason, SamplingParams
 from tests.core.builders import limits_of, request_of, step
@@ -135,6 +136,18 @@ def test_freezing_takes_copies() -> None:
     for _ in range(3):
         step(scheduler)
     assert encode(frozen, Keys()) == before
+
+
+def test_what_freezing_does_not_copy_cannot_change_in_place() -> None:
+    """A new field of requests that holds a list would be shared with the record: `freeze_request` must copy it."""
+    scheduler = Scheduler(limits_of())
+    for number in (1, 2):
+        scheduler.add(request_of(number, 40 * number))
+    step(scheduler)
+    for request in scheduler._live.values():
+        for name in set(REQUEST_FIELDS) - {"blocks", "keys", "parent"}:
+            value = getattr(request, name)
+            assert isinstance(value, (int, float, str, tuple, FinishReason, NoneType)), name
 
 
 @pytest.mark.parametrize(
