@@ -1,8 +1,9 @@
 """Host time of `schedule` and `update`, with nothing behind them. It knows no model, tensors or device.
 
 The mix: N rows decode at lengths that differ, so that some take a block in each step; a 2,048-token chunk of an
-8,192-token prompt rides along; 64 such prompts wait, and each that is done takes the row of one that ends. Times are
-those of the thread's own work (the garbage collector's included), so other programs on the machine count for less.
+8,192-token prompt rides along; 64 such prompts wait, and each that is done takes the row of one that ends. Measured
+is the scheduler by itself and as an engine has it, with a flight recorder. Times are those of the thread's own work
+(the garbage collector's included), so other programs on the machine count for less.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import random
 import time
 from array import array
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from minillm.config import EngineConfig
 from minillm.core.plan import RowParams, StepPlan, StepResult
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler, SchedulerLimits
+from minillm.engine.recorder import RecordingScheduler
 
 __all__ = ["run"]
 
@@ -38,6 +43,7 @@ class Timing:
 
     num_rows: int
     num_in_flight: int
+    recorded_steps: int
     schedule_ms: float
     update_ms: float
     mean_ms: float
@@ -52,22 +58,21 @@ class Timing:
 class Mix:
     """A scheduler in the steady state of the mix."""
 
-    def __init__(self, num_rows: int, num_in_flight: int) -> None:
+    def __init__(self, num_rows: int, num_in_flight: int, recorded_steps: int) -> None:
         self.random = random.Random(num_rows)
         self.num_rows = num_rows
         # One prompt is done every fourth step, so one request ends every fourth step.
         self.steps_per_prompt = PROMPT_LEN // CHUNK_SIZE
         max_len = PROMPT_LEN + self.steps_per_prompt * num_rows + 1
-        self.scheduler = Scheduler(
-            SchedulerLimits(
-                max_num_batched_tokens=CHUNK_SIZE + num_rows,
-                max_num_seqs=num_rows + 1,
-                max_model_len=max_len,
-                num_kv_blocks=(num_rows + 2) * -(-max_len // BLOCK_SIZE),
-                block_size=BLOCK_SIZE,
-                max_chunk_size=CHUNK_SIZE,
-            )
+        limits = SchedulerLimits(
+            max_num_batched_tokens=CHUNK_SIZE + num_rows,
+            max_num_seqs=num_rows + 1,
+            max_model_len=max_len,
+            num_kv_blocks=(num_rows + 2) * -(-max_len // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            max_chunk_size=CHUNK_SIZE,
         )
+        self.scheduler = RecordingScheduler(limits, recorded_steps) if recorded_steps else Scheduler(limits)
         self.num_added = 0
         self.in_flight: list[StepPlan] = []
         self.num_in_flight = num_in_flight
@@ -116,9 +121,9 @@ class Mix:
         return schedule_seconds, time.thread_time() - start
 
 
-def measure(num_rows: int, num_in_flight: int, num_steps: int) -> Timing:
+def measure(num_rows: int, num_in_flight: int, recorded_steps: int, num_steps: int) -> Timing:
     """Time `num_steps` steps; the garbage collector runs as it likes, since it would when serving."""
-    mix = Mix(num_rows, num_in_flight)
+    mix = Mix(num_rows, num_in_flight, recorded_steps)
     seconds: list[tuple[float, float]] = []
     num_tokens, wall_seconds = 0, 0.0
     for _ in range(num_steps):
@@ -131,6 +136,7 @@ def measure(num_rows: int, num_in_flight: int, num_steps: int) -> Timing:
     return Timing(
         num_rows=num_rows,
         num_in_flight=num_in_flight,
+        recorded_steps=recorded_steps,
         schedule_ms=1e3 * sum(schedule for schedule, _ in seconds) / num_steps,
         update_ms=1e3 * sum(update for _, update in seconds) / num_steps,
         mean_ms=sum(totals) / num_steps,
@@ -143,13 +149,19 @@ def measure(num_rows: int, num_in_flight: int, num_steps: int) -> Timing:
     )
 
 
-def run(*, num_steps: int = 400) -> dict[str, Any]:
-    """Measure 256 and 1,024 rows, one and two steps in flight; print a table and a JSON line, and return it."""
-    timings = [measure(rows, in_flight, num_steps) for rows in MEAN_LIMITS_MS for in_flight in (1, 2)]
-    table = Table("rows", "flying", "tokens", "plan", "update", "mean", "limit", "p99", "limit", "max", "wall")
+def run(*, num_steps: int = 600) -> dict[str, Any]:
+    """Measure 256 and 1,024 rows, one and two steps in flight, without and with a recorder of the engine's size.
+
+    Prints a table and a JSON line, and returns it. The recorder begins anew once in the steps of the default.
+    """
+    each = product(MEAN_LIMITS_MS, (1, 2), (0, EngineConfig().recorded_steps))
+    timings = [measure(*setup, num_steps) for setup in each]
+    table = Table(
+        "rows", "flying", "record", "plan", "update", "mean", "limit", "p99", "limit", "max", "wall", box=SIMPLE
+    )
     for t in timings:
         figures = (t.schedule_ms, t.update_ms, t.mean_ms, t.mean_limit_ms, t.p99_ms, 2 * t.mean_limit_ms, t.max_ms)
-        counts = (str(t.num_rows), str(t.num_in_flight), f"{t.mean_step_tokens:.0f}")
+        counts = (str(t.num_rows), str(t.num_in_flight), str(t.recorded_steps))
         table.add_row(*counts, *(f"{figure:.2f}" for figure in (*figures, t.wall_mean_ms)))
     table.title = "milliseconds per step"
     Console().print(table)
