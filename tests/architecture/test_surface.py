@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import minillm
+from tests.architecture.scripts import run_script
 from tests.architecture.sources import ROOT
 
 README_BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -42,29 +43,23 @@ def test_the_package_and_the_command_line_start_without_torch() -> None:
     assert result.stdout == "[]\n"
 
 
-def run_script(code: str) -> str:
-    """What a fresh interpreter prints for `code`; it must not fail or warn."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_readme_starts_with_the_two_commands() -> None:
     commands = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert re.findall(r"make \w+", commands[0]) == ["make demo", "make test"]
 
 
 @pytest.mark.parametrize("code", README_BLOCKS, ids=lambda code: code.splitlines()[0])
-def test_readme_code_runs(code: str) -> None:
-    assert run_script(code).strip()
+def test_readme_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_script(code)
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(path: Path) -> None:
+def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = path.read_text()
     assert len(code.splitlines()) < MAX_EXAMPLE_LINES
-    assert run_script(code).strip()
+    run_script(code)
+    assert capsys.readouterr().out.strip()
 
 
 def test_files_that_the_documents_name_exist() -> None:

@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from minillm import classic
+from tests.architecture.scripts import run_script
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[2]
@@ -56,27 +57,22 @@ def blocks(name: str, language: str) -> list[str]:
     return [re.sub(rf"^from (?:{OLD_ROOTS}) import", "from minillm.classic import", code, flags=re.M) for code in found]
 
 
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints for `code`; it must not fail or warn."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize(("name", "num_blocks"), [("chunked_prefill", 8), ("integration", 2)])
-def test_the_blocks_of_a_document_run_in_a_row(name: str, num_blocks: int) -> None:
+def test_the_blocks_of_a_document_run_in_a_row(name: str, num_blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
     found = blocks(name, "python")
     assert len(found) == num_blocks
-    printed = run_python("\n".join([PREAMBLES[name], *found, POSTSCRIPTS[name]]))
+    run_script("\n".join([PREAMBLES[name], *found, POSTSCRIPTS[name]]))
+    printed = capsys.readouterr().out
     if name == "chunked_prefill":
         assert re.search(r"Generated 100 tokens in \d+\.\d{3}s\nThroughput: \d+\.\d tokens/sec\n", printed)
 
 
-def test_the_command_of_a_document_runs() -> None:
+def test_the_command_of_a_document_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks("chunked_prefill", "bash")
     matched = re.fullmatch(r'python -c "\n(.*)"\n', block, re.DOTALL)
     assert matched
-    printed = run_python(matched[1] + "\nassert all(r['tokens_per_second'] > 0 for r in results.values())")
+    run_script(matched[1] + "\nassert all(r['tokens_per_second'] > 0 for r in results.values())")
+    printed = capsys.readouterr().out
     assert all(f"│ {size} " in printed for size in ("64", "128", "256", "whole"))
 
 
