@@ -110,16 +110,20 @@ def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device
 
 
 class StepGraphs:
-    """Captured steps. All share one pool of memory: one step runs at a time."""
+    """Captured steps. All share one pool of memory: one step runs at a time.
+
+    They are captured on a stream of their own. Torch's stream for captures is one for the whole process, on one device,
+    and cuBLAS has one workspace for a stream: the graphs of two engines, which may run at once, would share it.
+    """
 
     def __init__(self, stages: Stages, shapes: PaddedShapes, buffer: StepBuffer, device: torch.device) -> None:
-        self._stages, self._buffer, self._device = stages, buffer, device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._buffer, self._device = buffer, device
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         largest_first = layer_shapes(shapes)  # the others fit into its memory
         self._x_TD = torch.empty_like(stages.run_layers(*padding(*largest_first[0], device)))
-        self._layers = {shape: self._capture_layers(*shape) for shape in largest_first}
-        sizes = reversed(shapes.decode_sizes)
-        self._finish = {(size, kind): self._capture_finish(size, kind) for size in sizes for kind in SAMPLING_KINDS}
+        self._layers = {shape: self._capture_layers(stages, *shape) for shape in largest_first}
+        kinds = [(size, kind) for size in reversed(shapes.decode_sizes) for kind in SAMPLING_KINDS]
+        self._finish = {(size, kind): self._capture_finish(stages, size, kind) for size, kind in kinds}
 
     @property
     def num_captured(self) -> int:
@@ -145,21 +149,21 @@ class StepGraphs:
         captured.graph.replay()
         return captured.samples_L
 
-    def _capture_layers(self, num_rows: int, num_tokens: int, has_drafts: bool) -> torch.cuda.CUDAGraph:
+    def _capture_layers(self, stages: Stages, num_rows: int, num_tokens: int, has_drafts: bool) -> torch.cuda.CUDAGraph:
         inputs = padding(num_rows, num_tokens, has_drafts, self._device)
         _, columns_5R, tokens_T = self._buffer.inputs(0, num_rows, num_tokens)
         columns_5R.copy_(inputs[0])
         tokens_T.copy_(inputs[1])
-        self._stages.run_layers(columns_5R, tokens_T, has_drafts)  # outside a capture: libraries are set up
+        stages.run_layers(columns_5R, tokens_T, has_drafts)  # outside a capture: libraries are set up
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._x_TD[:num_tokens].copy_(self._stages.run_layers(columns_5R, tokens_T, has_drafts))
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            self._x_TD[:num_tokens].copy_(stages.run_layers(columns_5R, tokens_T, has_drafts))
         return graph
 
-    def _capture_finish(self, num_samples: int, kind: tuple[bool, bool]) -> FinishGraph:
+    def _capture_finish(self, stages: Stages, num_samples: int, kind: tuple[bool, bool]) -> FinishGraph:
         samples_3L = self._buffer.inputs(num_samples, 0, 0).samples_3L.zero_()
-        self._stages.finish(self._x_TD, samples_3L, kind)
+        stages.finish(self._x_TD, samples_3L, kind)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            samples_L = self._stages.finish(self._x_TD, samples_3L, kind)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            samples_L = stages.finish(self._x_TD, samples_3L, kind)
         return FinishGraph(graph, samples_L)

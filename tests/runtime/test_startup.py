@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from minillm import LLM, SamplingParams
 from minillm.runtime.batching import PaddedShapes
-from minillm.runtime.cuda_graphs import SAMPLING_KINDS, padded_shapes, run_each_shape
+from minillm.runtime.cuda_graphs import SAMPLING_KINDS, StepGraphs, padded_shapes, run_each_shape
+from minillm.runtime.step_buffer import StepBuffer
 
 
 class Notes:
@@ -84,3 +86,48 @@ def test_steps_compile_and_capture_nothing(model: str, enforce_eager: bool) -> N
     assert before["jit_compiles"] > 0
     assert before["graph_captures"] > 0 or enforce_eager
     assert [after[key] - before[key] for key in ("jit_compiles", "graph_captures")] == [0, 0]
+
+
+class Products:
+    """Stages of large products of few rows, for which a matrix library shares each sum among programs."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        draw = partial(torch.randn, device="cuda", generator=generator)
+        self.weights = [(draw(4096, 14336) / 64).to(torch.bfloat16), (draw(14336, 4096) / 120).to(torch.bfloat16)]
+
+    def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool = False) -> Tensor:
+        x_TD = (tokens_T[:, None] + torch.arange(4096, device="cuda")).sin().to(torch.bfloat16)
+        for _ in range(20):
+            x_TD = x_TD @ self.weights[0] @ self.weights[1]
+        return x_TD
+
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        return x_TD[samples_3L[0]].argmax(1)
+
+    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        return seats_K
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphs_of_two_engines_run_side_by_side() -> None:
+    """A draft model's and its target's: nothing that one writes is the other's, what libraries keep included."""
+    device, shapes = torch.device("cuda:0"), padded_shapes(16, 16)
+    both = [StepGraphs(Products(seed), shapes, StepBuffer(shapes, device), device) for seed in (1, 2)]
+    streams = [torch.cuda.Stream(device) for _ in both]
+    expected = []
+    for graphs in both:
+        x_TD = graphs.run_layers(16, 16, False)
+        assert x_TD is not None
+        expected.append(x_TD.clone())
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for graphs, stream in zip(both, streams, strict=True):
+            with torch.cuda.stream(stream):
+                x_TD = graphs.run_layers(16, 16, False)
+                assert x_TD is not None
+                found.append(x_TD.clone())
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
