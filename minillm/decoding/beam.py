@@ -11,7 +11,7 @@ transformers decides it. It reads results and changes requests between steps; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -113,9 +113,9 @@ class BeamSearch:
         request: Request,
         params: BeamSearchParams,
         stop_token_ids: frozenset[int],
-        make_number: Callable[[], int],
+        numbers: Iterator[int],
     ) -> None:
-        self._scheduler, self._make_number = scheduler, make_number
+        self._scheduler, self._numbers = scheduler, numbers
         self._num_prompt = request.num_prompt
         self.members = [request]
         self.hypotheses = Hypotheses(params, request.max_len - request.num_prompt, stop_token_ids)
@@ -178,7 +178,7 @@ class BeamSearch:
 
     def _fork(self, parent: Request, token: int) -> Request:
         child = Request(
-            self._make_number(),
+            next(self._numbers),
             [*parent.tokens, token],
             max_tokens=parent.max_len - len(parent.tokens) - 1,
             params=parent.params,

@@ -5,7 +5,7 @@ How a search goes on is `decoding/beam.py`'s; this module knows no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from minillm.core.plan import Logprobs, RowParams, StepResult
 from minillm.core.request import Request
@@ -36,11 +36,10 @@ class BeamRun:
 class BeamRuns:
     """The searches of one engine."""
 
-    def __init__(
-        self, scheduler: Scheduler, info: EngineInfo, timeline: Timeline, make_number: Callable[[], int]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, info: EngineInfo, timeline: Timeline, numbers: Iterator[int]) -> None:
+        """`numbers`: of requests, those of the engine."""
         self._scheduler, self._info, self._timeline = scheduler, info, timeline
-        self._make_number = make_number
+        self._numbers = numbers
         self._live: dict[int, BeamRun] = {}
 
     def __len__(self) -> int:
@@ -79,7 +78,7 @@ class BeamRuns:
         stop_token_ids = self._stop_token_ids(params)
         num_candidates = Hypotheses.num_candidates(params.beam_width, len(stop_token_ids))
         request = Request(
-            self._make_number(),
+            next(self._numbers),
             prompt,
             max_tokens=params.max_tokens,
             params=RowParams(0.0, 0, 1.0, 0.0, 0, num_logprobs=num_candidates),
@@ -90,7 +89,7 @@ class BeamRuns:
             is_stepwise=True,
         )
         self._scheduler.add(request)
-        search = BeamSearch(self._scheduler, request, params, stop_token_ids, self._make_number)
+        search = BeamSearch(self._scheduler, request, params, stop_token_ids, self._numbers)
         run = BeamRun(search, stop_token_ids, Timings(arrival=now, num_prompt_tokens=len(prompt)))
         self._enter(run, request, now)
         return run

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from minillm.core.plan import StepPlan
@@ -53,7 +54,8 @@ class Engine:
         self.info = EngineInfo(limits=scheduler.limits, vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
         self.timeline, self.figures = Timeline(scheduler), Figures()
         self._row_params = RowParamsMaker(self.info, tokenizer)
-        self._beams = BeamRuns(scheduler, self.info, self.timeline, self._make_number)
+        self._numbers = count(1)  # of requests
+        self._beams = BeamRuns(scheduler, self.info, self.timeline, self._numbers)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
         self._masked = GrammarRunner(runner, vocab_size)
         self._metrics = Metrics()
@@ -62,7 +64,6 @@ class Engine:
         self._is_on = False  # whether drafts were, in the last turn
         self._live: dict[int, Generation] = {}
         self._seeds = random.Random(seed)
-        self._num_added = 0
         self.num_applied = self.num_computed = 0  # steps, and tokens in them
         self._failure: BaseException | None = None
         self._is_closed = False
@@ -193,14 +194,10 @@ class Engine:
         if self._failure is not None:
             raise EngineError(f"the engine stopped: {self._failure}") from self._failure
 
-    def _make_number(self) -> int:
-        self._num_added += 1
-        return self._num_added
-
     def _entered(self, prompt: Sequence[int], params: SamplingParams, seed: int, options: dict[str, Any]) -> Generation:
         """A generation of its own number, not queued yet."""
         request = Request(
-            self._make_number(),
+            next(self._numbers),
             prompt,
             max_tokens=params.max_tokens,
             params=self._row_params.of(params, len(prompt), seed),

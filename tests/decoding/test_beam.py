@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
+from itertools import count
 
 import pytest
 
@@ -67,15 +68,12 @@ class Bench:
         self.num_in_flight = num_in_flight
         self.in_flight: list[tuple[StepPlan, StepResult, dict[int, list[int]]]] = []
         self.searches: dict[int, BeamSearch] = {}
-        self.num_added = self.num_stalls = 0
+        self.numbers = count(1)
+        self.num_stalls = 0
         self.max_used = 0
 
-    def make_number(self) -> int:
-        self.num_added += 1
-        return self.num_added
-
     def add(self, prompt: Sequence[int], max_tokens: int, *, is_stepwise: bool = False) -> Request:
-        number = self.make_number()
+        number = next(self.numbers)
         stops = frozenset() if is_stepwise else STOPS
         request = Request(
             number,
@@ -90,7 +88,7 @@ class Bench:
 
     def search(self, prompt: Sequence[int], params: BeamSearchParams) -> BeamSearch:
         request = self.add(prompt, params.max_tokens, is_stepwise=True)
-        self.searches[request.number] = BeamSearch(self.scheduler, request, params, STOPS, self.make_number)
+        self.searches[request.number] = BeamSearch(self.scheduler, request, params, STOPS, self.numbers)
         return self.searches[request.number]
 
     def step(self) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minillm import LLM, FinishReason, SamplingParams
+from minillm import LLM, BeamSearchParams, FinishReason, SamplingParams
 from minillm.engine.interrupts import interrupts_deferred
 from minillm.errors import ConfigError, EngineError, RequestError
 
@@ -159,6 +161,23 @@ def test_priority_goes_first() -> None:
         while high.finish_reason is None:
             llm.engine.step()
         assert low.finish_reason is None
+
+
+def test_weights_and_cache_are_freed_with_the_object() -> None:
+    """At once, by counts of references: a device is not to be full until the garbage collector comes by."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = LLM("random:tiny-llama", max_model_len=64, num_kv_blocks=20, speculative="ngram")
+        llm.generate(["a b c"], SamplingParams(max_tokens=3))
+        llm.beam_search(["a b c"], BeamSearchParams(beam_width=2, max_tokens=3))
+        next(llm.stream("a b c", SamplingParams(max_tokens=9)))
+        model = weakref.ref(llm._runner.model)
+        llm.close()
+        del llm
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_after_close_it_says_so() -> None:
