@@ -139,7 +139,8 @@ def started_on(
     max_blocks = min(-(-sizes.max_model_len // sizes.block_size), num_blocks - 1)
     rows = Rows(sizes.max_num_seqs + 1, max_blocks, device)
     runner = Runner(model, place.ops, kv_cache, rows, shapes)
-    if is_gpu and not config.enforce_eager:
+    # Standard attention, for heads that the kernels do not take, asks the device for lengths: no graph can hold that.
+    if is_gpu and not config.enforce_eager and model_config.head_size <= place.ops.MAX_HEAD_SIZE:
         runner.capture()
     return Started(runner=runner, sizes=sizes, num_kv_blocks=num_blocks)
 
@@ -239,11 +240,12 @@ def memory_budget(config: EngineConfig, model: Transformer, place: Place, sizes:
         estimated_activations(model.config, num, min(num_logits, num), itemsize) for num in (num_tokens, smaller)
     )
     if device.type == "cuda":
-        activations = worst_step_bytes(model, place, sizes)
+        # Twice with graphs: what they hold is a pool of its own, and each shape runs once before it is captured.
+        activations = worst_step_bytes(model, place, sizes) * (1 if config.enforce_eager else 2)
         torch.cuda.empty_cache()  # what loading and that step left over
         free, memory = free_memory(device)
-        weights = torch.cuda.memory_allocated(device)
-        taken = max(0, memory - free - torch.cuda.memory_reserved(device))
+        weights = torch.cuda.memory_reserved(device)
+        taken = max(0, memory - free - weights)
     else:
         memory, _ = free_memory(device)
         activations, weights = estimated, model.num_weight_bytes
@@ -311,7 +313,7 @@ def choose_num_blocks(config: EngineConfig, budget: MemoryBudget, sizes: StepSiz
     at_least = sizes.block_size if config.max_model_len is None else sizes.max_model_len
     if at_least > budget.num_tokens:
         raise MemoryFitError(budget.explain(at_least, "max_model_len"))
-    useful = sizes.max_num_seqs * sizes.max_model_len
+    useful = sizes.max_num_seqs * -(-sizes.max_model_len // sizes.block_size) * sizes.block_size
     if device.type == "cpu":
         useful = max(at_least, min(useful, CPU_CACHE_BYTES // budget.bytes_per_token))
     return -(-min(budget.num_tokens, useful) // sizes.block_size) + 1

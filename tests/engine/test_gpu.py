@@ -129,6 +129,18 @@ def test_the_steady_loop_never_waits_but_for_its_results() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_heads_that_no_kernel_takes_are_served(tmp_path: Path) -> None:
+    """By standard attention, which no graph can hold; a warning says so."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=288)
+    shape.num_attention_heads = shape.num_key_value_heads = 1
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    write_word_tokenizer(tmp_path, shape.vocab_size)
+    with pytest.warns(RuntimeWarning, match="head size of 288"), LLM(str(tmp_path), **BASE) as llm:
+        assert len(llm.generate(prompts(2), SamplingParams(max_tokens=4, ignore_eos=True))[1].token_ids) == 4
+
+
 def test_the_cache_fills_what_is_left() -> None:
     options = {"device": "cuda", "max_num_batched_tokens": 512, "max_num_seqs": 8}
     with LLM("random:smollm2-135m", **options, gpu_memory_utilization=0.2) as llm:

@@ -41,7 +41,7 @@ def test_what_is_left_holds_whole_blocks_and_the_dummy() -> None:
 
 
 def test_no_more_than_is_of_use() -> None:
-    assert blocks(EngineConfig(max_num_seqs=2, max_model_len=100)) == 14
+    assert blocks(EngineConfig(max_num_seqs=2, max_model_len=100)) == 2 * 7 + 1, "each row takes whole blocks"
 
 
 def test_a_length_that_is_named_fits_or_is_refused() -> None:
