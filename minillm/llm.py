@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
@@ -42,7 +44,7 @@ class StreamChunk:
 
 
 class LLM:
-    """A model, ready to generate; for one thread at a time.
+    """A model, ready to generate. Threads may share it: whoever has the turn advances what all have asked for.
 
     llm = LLM("smollm2")
     for out in llm.generate(["The capital of France is"], SamplingParams(max_tokens=32)):
@@ -61,6 +63,7 @@ class LLM:
         self.engine, self._runner = launched.engine, launched.runner
         self.tokenizer, self.model_config = launched.tokenizer, launched.model_config
         self._streams: dict[int, TextStream] = {}
+        self._turn = RLock()
 
     def generate(
         self,
@@ -84,7 +87,8 @@ class LLM:
         try:
             num_tokens, full_step = 0, self.engine.scheduler.limits.max_num_batched_tokens
             for ids, each_params in zip(encoded, each, strict=True):
-                groups.append(self._start(ids, each_params, priority, is_streamed=False))
+                with self._undisturbed():
+                    groups.append(self._start(ids, each_params, priority, is_streamed=False))
                 before, num_tokens = num_tokens, num_tokens + len(ids)
                 if before < full_step <= num_tokens:
                     self._step()  # the device need not wait for the rest
@@ -132,11 +136,13 @@ class LLM:
         encoded = [self._checked(i, prompt, params) for i, prompt in enumerate(as_batch(prompts))]
         runs: list[BeamRun] = []
         try:
-            runs.extend(self.engine.add_beams(ids, params, priority) for ids in encoded)
+            for ids in encoded:
+                with self._undisturbed():
+                    runs.append(self.engine.add_beams(ids, params, priority))
             while any(run.finish_reason is None for run in runs):
                 self._step()
         finally:
-            with interrupts_deferred():
+            with self._undisturbed():
                 for run in runs:
                     self.engine.finish_beams(run, FinishReason.ABORT)
                 self.engine.drain()
@@ -162,9 +168,10 @@ class LLM:
 
     def close(self) -> None:
         """End what runs and take no more. Weights and cache are freed with the object."""
-        self._end(list(self._streams.values()))
-        self.engine.close()
-        self._runner.close()
+        with self._undisturbed():
+            self._end(list(self._streams.values()))
+            self.engine.close()
+            self._runner.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -192,9 +199,15 @@ class LLM:
         self._streams.update({stream.generation.request.number: stream for stream in streams})
         return streams
 
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Neither another thread nor Ctrl-C comes between what is done here."""
+        with self._turn, interrupts_deferred():
+            yield
+
     def _step(self) -> None:
         """Advance every request of this LLM by a step."""
-        with interrupts_deferred():
+        with self._undisturbed():
             for generation in self.engine.step():
                 stream = self._streams.get(generation.request.number)
                 if stream is not None:
@@ -202,20 +215,24 @@ class LLM:
 
     def _end(self, streams: Sequence[TextStream]) -> None:
         """End those of `streams` that have not ended, and no other request."""
-        with interrupts_deferred():
+        with self._undisturbed():
             for stream in streams:
                 self._streams.pop(stream.generation.request.number, None)
                 self.engine.finish(stream.generation, FinishReason.ABORT)
             self.engine.drain()
 
     def _chunks(self, ids: list[int], params: SamplingParams, priority: int) -> Iterator[StreamChunk]:
-        (stream,) = self._start(ids, params, priority, is_streamed=True)
+        streams: list[TextStream] = []
         try:
+            with self._undisturbed():
+                streams += self._start(ids, params, priority, is_streamed=True)
+            (stream,) = streams
             is_done = False
             while not is_done:
-                if not stream.is_done:
-                    self._step()
-                is_done, (text, token_ids) = stream.is_done, stream.take()
+                with self._undisturbed():
+                    if not stream.is_done:
+                        self._step()
+                    is_done, (text, token_ids) = stream.is_done, stream.take()
                 if token_ids or text or is_done:
                     yield StreamChunk(
                         text=text,
@@ -224,7 +241,7 @@ class LLM:
                         output=stream.output("0") if is_done else None,
                     )
         finally:
-            self._end([stream])
+            self._end(streams)
 
 
 def params_of(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from minillm import LLM, BeamSearchParams, FinishReason, SamplingParams
+from minillm.core.queue import RequestQueue
 from minillm.engine.interrupts import interrupts_deferred
 from minillm.errors import ConfigError, EngineError, RequestError
 
@@ -107,6 +109,44 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch: py
     assert not llm.engine.has_work
     llm.engine.scheduler.check_invariants()
     assert llm.generate([[5, 6, 7]], GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda llm: llm.generate([[5, 6, 7], [8] * 20, [9]], GREEDY),
+        lambda llm: list(llm.stream([5, 6, 7], GREEDY)),
+        lambda llm: llm.beam_search([[5, 6, 7], [8, 9]], BeamSearchParams(beam_width=2, max_tokens=4)),
+    ],
+    ids=["generate", "stream", "beam_search"],
+)
+def test_an_interrupt_while_prompts_are_queued_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, ask: Callable[[LLM], object]
+) -> None:
+    expected, push = llm.generate([[5, 6, 7]], GREEDY)[0].token_ids, RequestQueue.push
+
+    def interrupted(queue: RequestQueue, request: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        push(queue, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestQueue, "push", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(llm)
+    assert not llm.engine.has_work
+    llm.engine.scheduler.check_invariants()
+    assert llm.generate([[5, 6, 7]], GREEDY)[0].token_ids == expected
+
+
+def test_threads_may_share_it(llm: LLM) -> None:
+    prompts = [[token, 6, 7] for token in range(20, 40)]
+    expected = [out.token_ids for out in llm.generate(prompts, GREEDY)]
+    with ThreadPoolExecutor(4) as pool:
+        whole = [pool.submit(llm.generate, prompts, GREEDY) for _ in range(3)]
+        streams = pool.map(lambda prompt: list(llm.stream(prompt, GREEDY)), prompts)
+        assert [tokens(iter(chunks)) for chunks in streams] == expected
+        assert all([out.token_ids for out in each.result()] == expected for each in whole)
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(
