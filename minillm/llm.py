@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,11 +96,14 @@ class LLM:
             streams = [stream for group in groups for stream in group]
             with Progress(*columns, disable=not progress) as bar:
                 task = bar.add_task("generating", total=len(streams))
-                waiting = streams
-                while waiting := [stream for stream in waiting if not stream.is_done]:
+                waiting = deque(streams)
+                while waiting:  # by its first alone: a look at each would cost more than the step if there are many
+                    if waiting[0].is_done:
+                        waiting.popleft()
+                        continue
                     self._step()
-                    bar.update(task, completed=len(streams) - len(waiting))
-                bar.update(task, completed=len(streams))
+                    if progress:
+                        bar.update(task, completed=sum(stream.is_done for stream in streams))
         finally:
             self._end([stream for group in groups for stream in group])
         return [first.output(str(i), others) for i, (first, *others) in enumerate(groups)]

@@ -15,6 +15,7 @@ import pytest
 from minillm import LLM, BeamSearchParams, FinishReason, SamplingParams
 from minillm.core.queue import RequestQueue
 from minillm.engine.interrupts import interrupts_deferred
+from minillm.engine.output import TextStream
 from minillm.errors import ConfigError, EngineError, RequestError
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "num_kv_blocks": 64}
@@ -147,6 +148,20 @@ def test_threads_may_share_it(llm: LLM) -> None:
         assert [tokens(iter(chunks)) for chunks in streams] == expected
         assert all([out.token_ids for out in each.result()] == expected for each in whole)
     assert not llm.engine.has_work
+
+
+def test_a_step_looks_at_few_of_many_prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, num_looks, is_done = [[token] for token in range(5, 305)], 0, TextStream.is_done
+
+    def counted(stream: TextStream) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        assert is_done.fget is not None
+        return bool(is_done.fget(stream))
+
+    monkeypatch.setattr(TextStream, "is_done", property(counted))
+    assert len(llm.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))) == len(prompts)
+    assert num_looks < 4 * len(prompts)
 
 
 @pytest.mark.parametrize(
