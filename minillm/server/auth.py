@@ -25,7 +25,7 @@ MIN_KEY_LENGTH = 8
 
 def read_keys(path: Path | None, from_environment: str | None) -> list[str]:
     """The keys of a file, one a line, and that of the environment. Raises ConfigError."""
-    keys = [from_environment] if from_environment else []
+    keys = [from_environment.strip()] if from_environment else []
     if path is not None:
         try:
             keys += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -77,7 +77,7 @@ class KeyCheck:
 
     def _is_known(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
-        given = digest(key.strip().encode("latin-1", "replace"))
+        given = digest(key.strip(" ").encode("latin-1", "replace"))
         matches = [hmac.compare_digest(given, known) for known in self._digests]  # all of them, whatever is found
         return scheme.lower() == "bearer" and any(matches)
 

@@ -48,7 +48,7 @@ class ServerConfig:
     max_header_bytes: int = 32 * 2**10
     """Most bytes before the body of a request."""
     receive_seconds: float = 30.0
-    """Time in which a request's head, and then its body, must have come."""
+    """Time in which a request's head, and then its body, must have come, and more of an answer be read."""
     max_waiting: int = 1024
     """Most completions that wait for their first token; more are refused with 429 and the time to come back."""
     max_per_user: int = 512
@@ -91,7 +91,7 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
     (True, False)
     """
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

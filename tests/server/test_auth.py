@@ -82,7 +82,7 @@ def test_without_a_key_only_local_names_are_answered() -> None:
     with serving() as live:
         hosts = [
             "127.0.0.1:1",
-            "localhost",
+            "LocalHost",
             "[::1]:8000",
             "evil.example",
             "evil.example:8000",
@@ -96,7 +96,16 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(" first-key-1 \n\nsecond-key-2\n")
     assert read_keys(path, "third-key-3") == ["third-key-3", "first-key-1", "second-key-2"]
+    assert read_keys(None, "third-key-3\n") == ["third-key-3"], "as it comes from a file"
     assert read_keys(None, None) == []
+
+
+def test_a_key_of_other_letters_opens() -> None:
+    key = "clé-secretà"  # its last byte would be a space in Latin-1
+    with serving(keys=["first-key-1", key]) as live:
+        live.client.headers.pop("Authorization", None)
+        given = [(b"Authorization", b"Bearer " + part.encode()) for part in (key, key[:-1])]
+        assert [live.client.get("/v1/models", headers=[each]).status_code for each in given] == [200, 401]
 
 
 @pytest.mark.parametrize("text", [None, "", "\n \n", "short\n"])
