@@ -86,7 +86,8 @@ def reader_of(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> T
     """What finds calls in an answer; None if there are no tools."""
     if tools is None:
         return None
-    return ToolReader([tool["function"]["name"] for tool in tools], MAX_CALLS if body.parallel_tool_calls else 1)
+    most = 1 if body.parallel_tool_calls is False else MAX_CALLS
+    return ToolReader([tool["function"]["name"] for tool in tools], most)
 
 
 def reason_of(choice: Choice, calls: Sequence[Mapping[str, Any]]) -> str | None:

@@ -36,6 +36,7 @@ MAX_TOOLS = 128
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Strict(BaseModel):
@@ -55,7 +56,7 @@ def add_sampling_schema(schema: dict[str, Any]) -> None:
 class StreamOptions(Strict):
     """What a stream holds beside the text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     """A last event with the tokens used."""
 
 
@@ -71,7 +72,7 @@ class GenerationRequest(BaseModel):
     n: Count | None = None
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     """Users get equal shares of the engine."""
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Lower is served first."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which the request ends unfinished."""
@@ -99,7 +100,7 @@ class GenerationRequest(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the tokens used."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 def plain(name: str, value: Any) -> Any:
@@ -138,7 +139,7 @@ class CompletionRequest(GenerationRequest):
     ]
     max_tokens: int | None = None
     """Most tokens to generate; 16 if not given, as with OpenAI."""
-    echo: bool = False
+    echo: bool | None = None
     """Begin the text with the prompt."""
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: Count | None = None
@@ -161,6 +162,9 @@ class TextPart(Strict):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: Nothing = None
+    logprobs: Nothing = None
+    """These are empty in answers, which clients send back as they were."""
 
 
 class FunctionCall(Strict):
@@ -188,7 +192,7 @@ class Message(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
-    annotations: None | Annotated[list[Any], Field(max_length=0)] = None
+    annotations: Nothing = None
     audio: None = None
     function_call: None = None
     """These are empty in answers, which clients send back as they were."""
@@ -265,7 +269,7 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     """The model decides, unless it is made to call a tool, any or the named one."""
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     """False reports one call at most."""
     response_format: ResponseFormat | None = None
 

@@ -201,7 +201,7 @@ class Service:
             streams = self.engine.submit(
                 prompt,
                 part,
-                priority=body.priority,
+                priority=body.priority or 0,
                 user=user,
                 salt=(body.cache_salt or "").encode("utf-8", "backslashreplace"),
                 is_streamed=bool(body.stream),

@@ -98,6 +98,19 @@ def test_responses_with_the_openai_client(live: Live) -> None:
     ]
 
 
+def test_a_response_can_be_sent_back(live: Live) -> None:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        turns: list[Any] = [{"role": "user", "content": "baba"}]
+        first = client.responses.create(model=TINY, input=turns, max_output_tokens=3)
+        turns += [*first.output, {"role": "user", "content": "bebe"}]
+        assert client.responses.create(model=TINY, input=turns, max_output_tokens=3).output_text
+
+
+@pytest.mark.parametrize("field", ["priority", "parallel_tool_calls", "n", "stream", "stop", "user", "tools", "model"])
+def test_null_is_as_good_as_nothing(live: Live, field: str) -> None:
+    assert answer_of(live, **{field: None})["choices"]
+
+
 @pytest.mark.parametrize(
     "body",
     [{"store": True}, {"previous_response_id": "x"}, {"tools": []}, {"n": 2}, {"input": []}, {"stream_options": {}}],
