@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from minillm.errors import BusyError, ClosingError, EngineError, RequestError
@@ -23,6 +23,9 @@ LOG = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 600
 MAX_MESSAGE = 1000
 MAX_SHOWN_ERRORS = 5
+MAX_PARAM = 256
+CLIENT_GONE = 499
+"""As nginx has it."""
 
 
 class ApiError(Exception):
@@ -84,7 +87,7 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
         where = ".".join(str(part) for part in entry["loc"] if part != "body")
         found.append((where, f"{where}: {entry['msg']}" if where else str(entry["msg"])))
     message = "; ".join(text for _, text in found)
-    return error_response(HTTPStatus.BAD_REQUEST, message, param=found[0][0] or None, code="invalid_value")
+    return error_response(HTTPStatus.BAD_REQUEST, message, param=found[0][0][:MAX_PARAM] or None, code="invalid_value")
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
@@ -93,9 +96,15 @@ async def answer_http(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """The client has gone: nothing has failed, and nobody reads this."""
+    return Response(status_code=CLIENT_GONE)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Every error of this application is answered as OpenAI's clients expect."""
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
     for kind in (ApiError, BusyError, RequestError, EngineError, Exception):
         app.add_exception_handler(kind, answer_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -75,6 +76,20 @@ def test_while_it_decodes(live: Live, path: str, body: dict[str, Any], is_stream
     connection.close()
     live.wait_idle()
     assert live.num_aborted() == num_aborted + num
+
+
+def test_to_leave_is_no_error(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    connection = connect(live, "/v1/completions", {"prompt": [5, 6, 7]} | LONG)
+    wait_until(live, lambda state: any(map(is_decoding, state["requests"])))
+    connection.close()
+    live.wait_idle()
+
+    async def none_left() -> None:
+        while live.server.server_state.tasks:
+            await asyncio.sleep(0)
+
+    live.run(none_left())
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
