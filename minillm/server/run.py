@@ -27,6 +27,8 @@ from minillm.server.spans import open_spans
 __all__ = ["ApiServer", "open_service", "serve"]
 
 LOG = logging.getLogger(__name__)
+LAST_SECONDS = 1.0
+"""For the last bytes of answers to go out."""
 
 
 def serve(model: str, engine: EngineConfig, config: ServerConfig, keys: Sequence[str]) -> None:
@@ -133,7 +135,16 @@ class ApiServer(uvicorn.Server):
         else:
             self._engine.abort_all()
             self.should_exit = self.force_exit = True
+            asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut)
 
     async def _leave(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain_seconds
         await self._engine.drain(self._drain_seconds)
         self.should_exit = True
+        loop.call_at(max(end, loop.time() + LAST_SECONDS), self._cut)
+
+    def _cut(self) -> None:
+        """End the connections of those who still send, or have not read what they were sent."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -117,6 +119,28 @@ def test_a_body_in_many_small_chunks_is_read(live: Live) -> None:
     assert answer.startswith(b"HTTP/1.1 200")
 
 
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_client_that_would_rather_speak_http_2_is_answered(live: Live, is_chunked: bool, is_split: bool) -> None:
+    body = json.dumps(NEIGHBOUR).encode()
+    head = HEAD + UPGRADE + (b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % len(body))
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
+    plain = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    parts = [head + b"\r\n\r\n", sent] if is_split else [head + b"\r\n\r\n" + sent]
+    answers = exchange(live, *parts, b"".join(parts) + plain).split(b"HTTP/1.1 200 OK")[1:]
+    texts = [json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"] for answer in answers]
+    assert texts == [live.expected] * 3  # type: ignore[attr-defined]
+
+
+def test_a_tunnel_is_refused(live: Live) -> None:
+    assert exchange(live, b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n" + UPGRADE + b"\r\n").startswith(
+        b"HTTP/1.1 400"
+    )
+
+
 def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
     requests = []
     for num in range(1, 6):
@@ -126,6 +150,33 @@ def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
     answers = exchange(live, b"".join(requests)).split(b"HTTP/1.1 200 OK")[1:]
     told = [json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] for answer in answers]
     assert told == [1, 2, 3, 4, 5]
+
+
+def test_a_wrong_field_is_named_in_short(live: Live) -> None:
+    message = {"role": "user", "content": "a", "x" * 50_000: 1}
+    answer = live.post("/v1/chat/completions", messages=[message])
+    assert answer.status_code == 400 and len(answer.content) < 2000 and answer.json()["error"]["param"]
+
+
+def test_connections_that_only_cost_are_cut() -> None:
+    """One that sends empty lines behind an answer, and one that does not read the megabytes that it asked for."""
+    with serving(config=ServerConfig(port=0, receive_seconds=0.5)) as live:
+        live.client.close()
+        host, _, port = live.url.removeprefix("http://").partition(":")
+        ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=60) as blank, socket.socket() as deaf:
+            blank.sendall(ask)
+            assert blank.recv(65536).startswith(b"HTTP/1.1 200")
+            blank.sendall(b"\r\n")
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            deaf.connect((host, int(port)))
+            deaf.sendall(ask * 1000)
+
+            async def none_left() -> None:
+                while live.server.server_state.connections:
+                    await asyncio.sleep(0)
+
+            live.run(none_left())
 
 
 @pytest.mark.parametrize("answer_of", ["decode", "encode"])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -82,6 +83,21 @@ def test_sigterm_lets_requests_finish_and_takes_no_more() -> None:
         assert done == "data: [DONE]" and json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
         server.client.close()
         assert server.end()[0] == 0
+
+
+def test_who_never_ends_is_not_waited_for() -> None:
+    """A client that has sent half a body, after a SIGTERM."""
+    with started("--receive-seconds", "3600", "--drain-seconds", "1") as server:
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=60) as half:
+            half.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+                "Expect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode()
+            )
+            assert half.recv(65536).startswith(b"HTTP/1.1 100"), "it waits for the body"
+            half.sendall(b"{")
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end()[0] == 0
 
 
 def test_a_second_sigterm_aborts() -> None:
