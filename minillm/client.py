@@ -6,7 +6,8 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from http.client import HTTPException, HTTPResponse
 from typing import Any
@@ -42,7 +43,7 @@ class ServerClient:
         try:
             with self._open("models", None) as response:
                 self.model = str(json.load(response)["data"][0]["id"])
-        except (RequestError, ValueError, LookupError) as error:
+        except (RequestError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{url} is no server of a model: {error}") from error
 
     def stream(self, messages: Sequence[dict[str, Any]], params: SamplingParams) -> Iterator[Chunk]:
@@ -55,17 +56,14 @@ class ServerClient:
         num_tokens = 0
         with self._open("chat/completions", body) as response:
             for event in events_in(response):
-                if usage := event.get("usage"):
-                    num_tokens = usage["completion_tokens"]
-                    timings.num_prompt_tokens = usage["prompt_tokens"]
-                    timings.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-                for choice in event.get("choices", ()):
-                    reason = REASONS.get(choice.get("finish_reason"), reason)
-                    piece = choice["delta"].get("content") or ""
-                    if piece:
-                        timings.token_times.append(time.monotonic())
-                        text += piece
-                        yield Chunk(text=piece)
+                piece, why, usage = parts_of(event)
+                reason = REASONS.get(why, reason)
+                if usage is not None:
+                    num_tokens, timings.num_prompt_tokens, timings.num_cached_tokens = usage
+                if piece:
+                    timings.token_times.append(time.monotonic())
+                    text += piece
+                    yield Chunk(text=piece)
         timings.finished = time.monotonic()
         yield Chunk(
             text="",
@@ -94,20 +92,41 @@ class ServerClient:
         return response
 
 
-def events_in(response: HTTPResponse) -> Iterator[dict[str, Any]]:
+def events_in(response: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The objects of a stream. Raises RequestError for one that says what failed, and if the stream breaks off."""
-    is_done = False
-    for line in response:
-        data = line.removeprefix(b"data: ").strip()
-        if data == b"[DONE]":
-            is_done = True
-        elif line.startswith(b"data: "):
-            event = json.loads(data)
-            if "error" in event:
-                raise RequestError(event["error"]["message"])
-            yield event
-    if not is_done:
-        raise RequestError("the server broke off in the middle of its answer")
+    with suppress(OSError, HTTPException):
+        for line in response:
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            if line.startswith(b"data:"):
+                yield object_in(data)
+    raise RequestError("the server broke off in the middle of its answer")
+
+
+def object_in(data: bytes) -> dict[str, Any]:
+    """The object of an event. Raises RequestError."""
+    try:
+        event = json.loads(data)
+        error = event.get("error")
+    except (ValueError, AttributeError) as failure:
+        raise RequestError(f"the server's answer holds what is no JSON object: {failure}") from failure
+    if error:
+        raise RequestError(str(error.get("message", error) if isinstance(error, dict) else error))
+    return dict(event)
+
+
+def parts_of(event: dict[str, Any]) -> tuple[str, str, tuple[int, int, int] | None]:
+    """Text, why it ended, how many tokens came, were in the prompt and of those in the cache. Raises RequestError."""
+    try:
+        choice, usage = (event.get("choices") or [{}])[0], event.get("usage")
+        text = (choice.get("delta") or {}).get("content") or ""
+        if usage:
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            usage = tuple(int(num or 0) for num in (usage["completion_tokens"], usage["prompt_tokens"], cached))
+        return str(text), str(choice.get("finish_reason") or ""), usage or None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RequestError(f"the server's answer has not the form of OpenAI's: {error}") from error
 
 
 def message_of(content: bytes, status: int) -> str:

@@ -113,16 +113,16 @@ def read_lines(lines: Sequence[tuple[float, bytes]], outcome: Outcome) -> None:
             continue
         try:
             chunk = json.loads(data)
-        except ValueError as error:
+            if chunk.get("error"):
+                outcome.error = str(chunk["error"])[:200]
+            choice = (chunk.get("choices") or [{}])[0]
+            if choice.get("text") or (choice.get("delta") or {}).get("content"):
+                outcome.chunk_times.append(came)
+            if chunk.get("usage"):
+                outcome.num_output = int(chunk["usage"].get("completion_tokens") or 0)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             outcome.error = outcome.error or f"{type(error).__name__}: {error}"
             return
-        if "error" in chunk:
-            outcome.error = str(chunk["error"])[:200]
-        choices = chunk.get("choices") or [{}]
-        if choices[0].get("text") or (choices[0].get("delta") or {}).get("content"):
-            outcome.chunk_times.append(came)
-        if chunk.get("usage"):
-            outcome.num_output = chunk["usage"].get("completion_tokens", 0)
 
 
 async def find_model(http: httpx.AsyncClient, model: str | None) -> tuple[str, int | None]:
@@ -130,13 +130,15 @@ async def find_model(http: httpx.AsyncClient, model: str | None) -> tuple[str, i
     try:
         response = await http.get("/v1/models")
         response.raise_for_status()
-        cards = response.json()["data"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        longest = {str(card["id"]): card.get("max_model_len") for card in response.json()["data"]}
+        first = next(iter(longest))
+    except (httpx.HTTPError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise ConfigError(f"base_url {http.base_url} does not list its models: {error}") from error
-    card = next((card for card in cards if model in (None, card["id"])), None)
-    if card is None:
-        raise ConfigError(f"the server has no model {model!r}; it has {', '.join(card['id'] for card in cards)}")
-    return card["id"], card.get("max_model_len")
+    name = first if model is None else model
+    if name not in longest:
+        raise ConfigError(f"the server has no model {model!r}; it has {', '.join(longest)}")
+    max_len = longest[name]
+    return name, max_len if isinstance(max_len, int) and max_len > 1 else None
 
 
 async def send_when_due(

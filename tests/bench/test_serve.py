@@ -19,6 +19,7 @@ from minillm.bench.latency import Outcome, figures_of, goals_of
 from minillm.bench.lengths import TRACES, length_of
 from minillm.bench.serve import plan_load, run
 from minillm.bench.serve_options import ServeOptions
+from minillm.bench.stream_client import read_lines
 from minillm.cli import app
 from minillm.cli_bench import read_key
 from minillm.errors import ConfigError
@@ -192,6 +193,20 @@ def test_requests_that_fail_are_counted_alone() -> None:
     figures = run(ServeOptions(num_prompts=10, input_len="3", output_len="7"), transport=httpx.MockTransport(answer))
     assert (figures["completed"], figures["failed"]) == (5, 5)
     assert figures["total_output_tokens"] == 5 * 7
+
+
+@pytest.mark.parametrize("event", ["5", "null", "{", '{"choices": {"a": 1}}', '{"usage": 7}', '{"choices": ["a"]}'])
+def test_a_stream_that_is_none_is_a_failure_of_its_request(event: str) -> None:
+    outcome = Outcome(1, 0.0)
+    read_lines([(1.0, b'data: {"choices": [{"text": "a"}], "error": null}'), (2.0, f"data: {event}".encode())], outcome)
+    assert outcome.error and outcome.chunk_times == [1.0]
+
+
+@pytest.mark.parametrize("models", ["[1]", "null", '{"data": []}', '{"data": [{"x": 1}]}', '{"data": ["a"]}', "<html>"])
+def test_a_server_that_lists_no_models_is_none(models: str) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=models))
+    with pytest.raises(ConfigError, match="does not list its models"):
+        run(ServeOptions(**SHORT), transport=transport)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http.client import IncompleteRead
 
 import pytest
 
 from minillm import SamplingParams, cli
-from minillm.client import ServerClient
+from minillm.client import ServerClient, events_in, parts_of
 from minillm.errors import ConfigError, RequestError
 from minillm.types import FinishReason
 from tests.server.live import TINY, Live, serving
@@ -45,6 +46,47 @@ def test_leaving_an_answer_ends_its_request(live: Live) -> None:
 def test_what_the_server_refuses_is_said(live: Live) -> None:
     with pytest.raises(RequestError, match="max_model_len"):
         list(ServerClient(live.url, KEY).stream([{"role": "user", "content": "ba " * 300}], GREEDY))
+
+
+def test_streams_of_other_servers_are_read() -> None:
+    lines = [
+        b": a comment\r\n",
+        b'data:{"choices":null,"error":null}\n',
+        b'data: {"choices":[{"delta":null}],"usage":null}\n',
+        b'data: {"choices":[{"delta":{"content":"hi"},"finish_reason":"length"}]}\n',
+        b'data: {"choices":[],"usage":{"completion_tokens":3,"prompt_tokens":2,"prompt_tokens_details":null}}\n',
+        b"data: [DONE]\n",
+    ]
+    read = [parts_of(event) for event in events_in(lines)]
+    assert read == [("", "", None), ("", "", None), ("hi", "length", None), ("", "", (3, 2, 0))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"data: 5", "no JSON object"),
+        (b"data: {", "no JSON object"),
+        (b"data: \xff", "no JSON object"),
+        (b'data: {"error": "overloaded"}', "overloaded"),
+        (b'data: {"error": {"message": "overloaded"}}', "overloaded"),
+        (b'data: {"choices": {"a": 1}}', "form of OpenAI"),
+        (b'data: {"choices": [], "usage": 7}', "form of OpenAI"),
+        (b'data: {"choices": [], "usage": {}}', "broke off"),
+    ],
+)
+def test_what_is_no_stream_is_said(line: bytes, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        list(map(parts_of, events_in([line])))
+
+
+@pytest.mark.parametrize("failure", [IncompleteRead(b""), ConnectionResetError()])
+def test_a_server_that_breaks_off_is_said(failure: Exception) -> None:
+    def lines() -> Iterator[bytes]:
+        yield b'data: {"choices": [{"delta": {"content": "hi"}}]}'
+        raise failure
+
+    with pytest.raises(RequestError, match="broke off"):
+        list(events_in(lines()))
 
 
 def test_no_server_and_no_key(live: Live) -> None:
