@@ -28,9 +28,13 @@ def explain(timeline: Timeline, number: int, now: float) -> dict[str, Any] | Non
     timings = story.timings
     end = now if timings.finished is None else timings.finished
     first = timings.token_times[0] if timings.token_times else None
+    requeued = 0.0
+    if story.preemptions and timings.first_planned is not None:
+        requeued = story.queue_seconds - (timings.first_planned - timings.arrival)
     seconds = {
         "total": end - timings.arrival,
         "queue": story.queue_seconds,
+        "requeued": requeued,  # the part of it that lies within prefill and decode
         "first_token": None if first is None else first - timings.arrival,
         "prefill": None if first is None or timings.first_planned is None else first - timings.first_planned,
         "decode": None if first is None else end - first,
@@ -155,7 +159,10 @@ def words_of(account: dict[str, Any], gaps: list[float]) -> Iterator[str]:
     if account["preempted_in_steps"]:
         steps = ", ".join(map(str, account["preempted_in_steps"][:MAX_SHOWN_IDS]))
         times = count_of(len(account["preempted_in_steps"]), "time")
-        yield f"It lost its KV blocks to requests ahead of it {times}, in step {steps}, and was computed again."
+        yield (
+            f"It lost its KV blocks to requests ahead of it {times}, in step {steps}, went back to the queue for "
+            f"{shown(seconds['requeued'])} of the above and was computed again."
+        )
     if gaps:
         text = f"{count_of(account['num_output_tokens'], 'token')} came in {shown(seconds['decode'])} after the first"
         text += f": {shown(statistics.median(gaps))} apart at the median, {shown(max(gaps))} at most"

@@ -145,6 +145,10 @@ def test_a_preemption_is_told() -> None:
     assert account["seconds"]["queue"] == pytest.approx(sum(without_row))
     assert account["waits"]["blocks"]["seconds"] == pytest.approx(sum(without_row))
     assert account["waits"]["blocks"]["steps"] == sum(back - lost for lost, back in absences)
+    seconds = account["seconds"]
+    assert seconds["requeued"] == pytest.approx(sum(without_row))
+    parts = seconds["queue"] + seconds["prefill"] + seconds["decode"] - seconds["requeued"]
+    assert parts == pytest.approx(seconds["total"]), "nothing is counted twice"
     assert account["worst_gaps"][0]["was_preempted"]
     assert any("lost its KV blocks" in words for words in account["words"])
     assert account_of(engine, 1)["preempted_in_steps"] == []
