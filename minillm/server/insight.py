@@ -68,7 +68,8 @@ def insight_router(service: Service) -> APIRouter:
     async def feed(since: Annotated[int, Query(ge=-1, lt=2**63)] = -1) -> dict[str, Any]:
         """What the page shows: steps after `since`, requests, blocks."""
         shown: dict[str, Any] = await engine.ask("feed", since=since)
-        return shown | {"model": service.model_name, "num_waiting": engine.load.num_waiting}
+        server = {"model": service.model_name, "created": service.created}
+        return shown | server | {"num_waiting": engine.load.num_waiting}
 
     return router
 

@@ -126,6 +126,24 @@ def test_an_answer_can_be_stopped(page: Any, live: Live) -> None:
     live.wait_idle()
 
 
+def test_another_server_at_the_same_address_is_asked_for_all_its_steps(page: Any, live: Live) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/insight/feed" in request.url else None)
+
+    def next_asked(num: int) -> list[str]:
+        del asked[:]
+        while len(asked) < num:
+            page.wait_for_event("request")
+        return asked[:num]
+
+    page.click("#settings summary")
+    page.fill("#max_tokens", "2")
+    ask(page, "one")
+    assert not next_asked(3)[-1].endswith("since=-1")
+    live.service.created += 1
+    assert any(url.endswith("since=-1") for url in next_asked(4))
+
+
 @pytest.mark.parametrize("width", [320, 390, 768, 1024])
 def test_no_screen_is_too_small(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})

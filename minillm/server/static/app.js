@@ -7,6 +7,7 @@ import { Steps } from "./steps.js";
 import { element, quantile, time } from "./text.js";
 
 const PERIOD = 500, SPEED_SECONDS = 3, NUM_GAPS = 200;
+let created = null;
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((found) => [found.id.replace(/-/g, "_"), found]));
 
 const steps = new Steps(page.steps, page.detail, page.follow, async (request) => {
@@ -73,6 +74,8 @@ async function look() {
     const feed = await json(`/insight/feed?since=${steps.last()}`);
     page.key_form.hidden = true;
     page.model.textContent = feed.model;
+    if (feed.created !== created) steps.clear(); // another server, whose steps have other numbers
+    created = feed.created;
     steps.add(feed.steps);
     page.speed.textContent = speed(feed.now).toFixed(speed(feed.now) < 10 ? 1 : 0);
     page.running.textContent = feed.num_running;

@@ -25,6 +25,11 @@ export class Steps {
     this.draw();
   }
 
+  clear() {
+    this.steps = [];
+    this.chosen = null;
+  }
+
   last() {
     return this.steps.length ? this.steps[this.steps.length - 1].step : -1;
   }
