@@ -6,6 +6,7 @@ One tensor is in memory at a time beside the model. Pickled weights are never op
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from minillm.model.transformer import Transformer
 __all__ = ["fill_random", "fill_stored", "read_safetensors"]
 
 INDEX_NAME = "model.safetensors.index.json"
+WHOLE_NAME = "model.safetensors"
+"""Beside it may lie an adapter, or the same weights in another layout, which are not the model's."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUM_NAMES = 8
@@ -98,14 +101,16 @@ def read_safetensors(folder: Path) -> Iterator[StoredTensor]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, or all there are."""
-    index = folder / INDEX_NAME
-    if index.is_file():
+    """The weight files of a folder: model.safetensors, else those its index names, or all there are."""
+    index, whole = folder / INDEX_NAME, folder / WHOLE_NAME
+    if whole.is_file():
+        paths = [whole]
+    elif index.is_file():
         paths = [folder / name for name in indexed_names(index)]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, as Path.is_file is not, for a name that no system takes
             raise CheckpointError(f"{path} is missing, and {index.name} names it; download the model again")
     if not paths:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
@@ -123,7 +128,7 @@ def indexed_names(index: Path) -> list[str]:
     try:
         names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         is_plain = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
     if not is_plain:
         raise CheckpointError(f"{index} names files outside its folder or of another kind; get the model elsewhere")

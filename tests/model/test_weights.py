@@ -106,6 +106,7 @@ def test_sharded_folder_equals_single_file(tmp_path: Path) -> None:
 
 
 def test_an_index_cannot_leave_its_folder(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (llama_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="outside its folder"):
@@ -114,9 +115,26 @@ def test_an_index_cannot_leave_its_folder(llama_folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_damaged_index_is_a_checkpoint_error(llama_folder: Path, text: str) -> None:
+    (llama_folder / "model.safetensors").unlink()
     (llama_folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="index.json is damaged"):
         load(llama_folder)
+
+
+def test_a_shard_of_an_impossible_name_is_missing(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": f"{'x' * 300}.safetensors"}}
+    (llama_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"xxx\.safetensors is missing"):
+        load(llama_folder)
+
+
+def test_what_lies_beside_the_whole_model_is_not_loaded(llama_folder: Path) -> None:
+    expected = load(llama_folder).state_dict()
+    for name in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(64), "layers.0.wq.weight": torch.ones(2)}, llama_folder / name)
+    (llama_folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    assert all(torch.equal(weight, expected[name]) for name, weight in load(llama_folder).state_dict().items())
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 0.5, -1])
