@@ -83,6 +83,14 @@ def mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
+def flag(raw: Mapping[str, Any], key: str) -> bool:
+    """True or false, false where there is none or null. Raises ConfigError."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, not {value!r:.100}")
+    return bool(value)
+
+
 def check_supported(raw: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError for a config that names code, another architecture or quantised weights."""
     if raw.get("auto_map"):
@@ -109,7 +117,7 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
     """Fields of config.json -> ModelConfig."""
     family = raw["architectures"][0].removesuffix("ForCausalLM")
     num_heads = whole(raw, "num_attention_heads")
-    has_bias = bool(raw.get("attention_bias", False)) and family != "Qwen2"
+    has_bias = flag(raw, "attention_bias") and family != "Qwen2"
     max_position = whole(raw, "max_position_embeddings")
     rope = {**mapping(raw, "rope_scaling"), **mapping(raw, "rope_parameters")}
     scaling = rope_scaling(rope, max_position)
@@ -127,10 +135,10 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
         rope_theta=number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0)),
         rope_scaling=scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
         attention_bias=has_bias or family == "Qwen2",
         output_bias=has_bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=flag(raw, "mlp_bias"),
         qk_norm=family == "Qwen3",
         eos_token_ids=token_ids(raw, "eos_token_id"),
         bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
@@ -148,7 +156,7 @@ def token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 def sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that attention looks back on, if the model limits them."""
-    is_used = raw.get("use_sliding_window", False) if family.startswith("Qwen") else True
+    is_used = flag(raw, "use_sliding_window") if family.startswith("Qwen") else True
     has_window = is_used and raw.get("sliding_window") not in (None, 0)
     return whole(raw, "sliding_window") if has_window else None
 
@@ -169,6 +177,8 @@ def rope_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | No
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("truncate", True) is not True:
         raise CheckpointError("rope settings partial_rotary_factor and truncate are not supported")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError("rope settings of their own for some layers are not supported")
     if kind == "default":
         return None
     if kind not in ("linear", "llama3", "yarn"):
@@ -257,8 +267,10 @@ def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
 
 
 def gguf_scaling(own: Mapping[str, Any]) -> RopeScaling | None:
-    """Linear or YaRN scaling from `rope.scaling.*`."""
-    kind = own.get("rope.scaling.type", "none")
+    """Linear or YaRN scaling from `rope.scaling.*`, linear where no type is named; `rope.scale_linear` is its old name."""
+    if "rope.scale_linear" in own:
+        own = {"rope.scaling.factor": own["rope.scale_linear"], **own}
+    kind = own.get("rope.scaling.type", "linear" if "rope.scaling.factor" in own else "none")
     if kind == "none":
         return None
     original = own.get("rope.scaling.original_context_length")
@@ -271,8 +283,10 @@ def llama3_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling:
     import torch
 
     from minillm.model.rotary import llama3_divisors
+    from minillm.model.stored import StoredTensor
 
-    divisors = torch.from_numpy(file.array(ROPE_DIVISORS).copy()).flatten()
+    info = file.tensors[ROPE_DIVISORS]
+    divisors = StoredTensor(info.name, info.format, info.shape, file.array(ROPE_DIVISORS)).dense().flatten()
     scaling = RopeScaling(kind="llama3", factor=float(divisors.max()), original_max_position=8192)
     expected = llama3_divisors(config, scaling)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):

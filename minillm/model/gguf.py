@@ -125,17 +125,21 @@ class GGUFFile:
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
             key, at = self._string(at)
+            if key in metadata:
+                raise ValueError(f"{key} is there twice")
             (kind,) = struct.unpack_from("<I", data, at)
             metadata[key], at = self._value(at + 4, kind)
         if metadata.get("split.count", 0) > 1:
             raise CheckpointError(f"{self.path} is one part of several; merge them into one file (gguf-split --merge)")
-        infos = []
+        infos: dict[str, TensorInfo] = {}
         for _ in range(num_tensors):
             info, at = self._tensor_info(at)
-            infos.append(info)
+            if info.name in infos:
+                raise ValueError(f"tensor {info.name} is there twice")
+            infos[info.name] = info
         alignment = int(metadata.get("general.alignment", 32))
         start = -(-at // alignment) * alignment
-        tensors = {info.name: info._replace(offset=start + info.offset) for info in infos}
+        tensors = {name: info._replace(offset=start + info.offset) for name, info in infos.items()}
         end = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
         if end > len(data):
             raise CheckpointError(
@@ -199,6 +203,11 @@ def checkpoint_name(name: str) -> str:
 
 
 def unpermuted(rows: NDArray[np.generic], num_heads: int) -> NDArray[np.generic]:
-    """Query or key rows in the halves order: a head's rows 0 2 4 … then 1 3 5 … (rows move with their blocks)."""
+    """Query or key rows in the halves order: a head's rows 0 2 4 … then 1 3 5 … (rows move with their blocks).
+
+    Rows that cannot be those heads stay as they are: whoever takes them checks the shape.
+    """
+    if rows.shape[0] % (2 * num_heads):
+        return rows
     heads = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)

@@ -82,7 +82,10 @@ class StoredTensor:
         try:
             numbers = dequantize(data, GGMLQuantizationType[self.format])
         except NotImplementedError as error:
-            raise CheckpointError(f"tensor {self.name} has type {self.format}, which cannot be expanded") from error
+            raise CheckpointError(
+                f"tensor {self.name} has type {self.format}, which cannot be expanded; take a file of the model in "
+                "another type, such as F16, Q8_0 or Q4_K"
+            ) from error
         with warnings.catch_warnings():
             # A float32 tensor stays a view of the read-only file: it is only ever copied from.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -129,6 +129,11 @@ def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "describes no model"),
         ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4, "factor": 8}}, "below"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for some layers"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ({"attention_bias": 0}, "attention_bias must be true or false"),
+        ({"mlp_bias": "no"}, "mlp_bias must be true or false"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": "false"}, "use_sliding_window must be true"),
         ({"sliding_window": "x"}, "sliding_window must be a whole number"),
     ],
 )

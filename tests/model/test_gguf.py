@@ -69,7 +69,7 @@ def test_every_type_expands_whole_and_in_rows(quant: gguf.GGMLQuantizationType) 
 
 
 def test_a_type_that_cannot_be_expanded_is_named() -> None:
-    with pytest.raises(CheckpointError, match="tensor w has type I32"):
+    with pytest.raises(CheckpointError, match=r"tensor w has type I32.*take a file .* another type"):
         StoredTensor("w", "I32", (2, 2), np.zeros((2, 8), np.uint8)).dense()
 
 
@@ -120,6 +120,55 @@ def test_damaged_headers_are_checkpoint_errors(tmp_path: Path) -> None:
         except CheckpointError:
             num_refused += 1
     assert num_refused > 50
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("blk.1.ffn_norm.weight", "blk.0.ffn_norm.weight"), ("llama.rope.freq_basx", "llama.rope.freq_base")],
+)
+def test_what_is_there_twice_is_damage(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_hf_model("llama"), "llama", extra={"llama.rope.freq_basx": 7.0})
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+    with pytest.raises(CheckpointError, match=rf"model\.gguf is damaged .*{new} is there twice"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize("part", ["attn_q", "attn_k"])
+@pytest.mark.parametrize("other", ["token_embd.weight", "output_norm.weight", "blk.0.ffn_gate.weight"])
+def test_heads_of_a_wrong_shape_are_refused(tmp_path: Path, part: str, other: str) -> None:
+    write_gguf(tmp_path / "model.gguf", make_hf_model("llama"), "llama")
+    files = resolve(str(tmp_path / "model.gguf"))
+    name = f"blk.0.{part}.weight"
+    files.gguf.tensors[name] = files.gguf.tensors[other]._replace(name=name)
+    model = Transformer(load_config(files), ops=reference, dtype=torch.float32, device="cpu")
+    with pytest.raises(CheckpointError, match=rf"layers\.0\.self_attn\.{part[-1]}_proj\.weight has shape"):
+        load_weights(model, files)
+
+
+@pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
+    ],
+)
+def test_linear_scaling_needs_no_type(tmp_path: Path, extra: dict[str, str | float], factor: float | None) -> None:
+    write_gguf(tmp_path / "model.gguf", make_hf_model("llama"), "llama", extra=extra)
+    scaling = load_config(resolve(str(tmp_path / "model.gguf"))).rope_scaling
+    assert (scaling and (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
+
+
+@pytest.mark.parametrize("kind", ["F16", "I8"])
+def test_divisors_of_other_types_are_read_or_refused(tmp_path: Path, kind: str) -> None:
+    write_gguf(tmp_path / "model.gguf", make_hf_model("llama"), "llama")
+    file = GGUFFile(tmp_path / "model.gguf")
+    norm = file.tensors["output_norm.weight"]
+    file.tensors[ROPE_DIVISORS] = norm._replace(format=kind, shape=(8,), num_bytes=16 if kind == "F16" else 8)
+    with pytest.raises(CheckpointError, match="unknown rule" if kind == "F16" else "cannot be expanded"):
+        config_from_gguf(file)
 
 
 def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path: Path) -> None:
