@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,10 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit status 2; Ctrl-C is status 130."""
+    # Bytes that are no text are refused as a prompt; letters that the terminal has not got become question marks.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         app()
     except MiniLLMError as error:

@@ -41,7 +41,9 @@ def bench_offline(
     num_prompts: Annotated[int | None, typer.Option(help="Requests, in place of the workload's number.")] = None,
     input_len: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
     output_len: Annotated[int | None, typer.Option(help="Tokens that each request asks for.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Runs: of up to 2 the best counts, of more the median.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Runs: of up to 2 the best counts, of more the median.")
+    ] = None,
     *,
     config: EngineConfig,
 ) -> None:
@@ -207,10 +209,11 @@ def bench_decode(
 def bench_speculation(
     model: ModelOption = "smollm2",
     batch_size: Annotated[
-        list[int] | None, typer.Option(help="Requests at once; give it again for more. 1, 64 and 256 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Requests at once; give it again for more. 1, 64 and 256 by default."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Runs, of which the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median counts.")] = 3,
     *,
     config: EngineConfig,
 ) -> None:
@@ -219,7 +222,7 @@ def bench_speculation(
 
     prepare(model)
     sizes = batch_size or speculation.BATCH_SIZES
-    speculation.run(model=model, config=config, batch_sizes=sizes, max_tokens=max_tokens, repeats=max(1, repeats))
+    speculation.run(model=model, config=config, batch_sizes=sizes, max_tokens=max_tokens, repeats=repeats)
 
 
 @bench.command("lossless")
@@ -227,7 +230,7 @@ def bench_speculation(
 def bench_lossless(
     model: ModelOption = "smollm2",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a request that is compared.")] = 64,
-    num_draws: Annotated[int, typer.Option(help="Draws of the chi-square test.")] = 20_000,
+    num_draws: Annotated[int, typer.Option(min=1, help="Draws of the chi-square test.")] = 20_000,
     *,
     config: EngineConfig,
 ) -> None:
@@ -242,10 +245,10 @@ def bench_lossless(
 @with_fields(EngineConfig, "config", enable_prefix_caching=False)
 def bench_company(
     model: ModelOption = "smollm2",
-    num_rows: Annotated[int, typer.Option(help="Rows that decode at once, the demanding one included.")] = 256,
-    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
-    output_len: Annotated[int, typer.Option(help="Tokens that each row generates.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Runs of each kind of row.")] = 3,
+    num_rows: Annotated[int, typer.Option(min=1, help="Rows that decode at once, the demanding one included.")] = 256,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens that each row generates.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind of row.")] = 3,
     *,
     config: EngineConfig,
 ) -> None:

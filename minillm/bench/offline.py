@@ -85,7 +85,7 @@ def run(
         workloads=[make_workload(name, shape, model_config.vocab_size) for name, shape in shapes.items()],
         device=choose_device(config.device),
     )
-    num_runs = {name: shape.repeats if repeats is None else max(1, repeats) for name, shape in shapes.items()}
+    num_runs = {name: repeats or shape.repeats for name, shape in shapes.items()}
     measured = list((taking_turns if job.device.type == "cpu" else one_after_another)(job, engines, num_runs))
     yardsticks = {m.dtype: measure_yardstick(job.device, m.dtype) for m in measured}
     lines = []

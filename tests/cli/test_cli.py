@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from minillm import cli, terminal
+from minillm import cli, cli_bench, terminal
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError, RequestError
 from minillm.options import field_docs
@@ -162,6 +163,36 @@ def test_prompt_from_standard_input(llm: FakeLLM, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(read=lambda: "from a pipe"))
     assert run(monkeypatch, "generate", "--raw", "-") == 0
     assert llm.asked == ["from a pipe"]
+
+
+def test_bytes_that_are_no_text_end_nothing(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of UTF-8 is strict about what it reads, one of ASCII about what it prints."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff"), "utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert run(monkeypatch, "generate", "--raw", "-") == 0
+    assert run(monkeypatch, "generate", "日本") == 0
+    assert written.getvalue() == b"echo: hi?\necho: ??\n"
+    assert llm.asked[0] == "hi\udcff"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["offline", "--repeats", "0"],
+        ["speculation", "--batch-size", "0"],
+        ["speculation", "--repeats", "-1"],
+        ["lossless", "--num-draws", "0"],
+        ["company", "--num-rows", "0"],
+        ["company", "--input-len", "0"],
+    ],
+)
+def test_benchmarks_of_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    monkeypatch.setattr(cli_bench, "prepare", lambda _: pytest.fail("it began"))
+    assert run(monkeypatch, "bench", *argv) == 2
+    assert f"Invalid value for '{argv[1]}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
