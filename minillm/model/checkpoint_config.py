@@ -267,7 +267,7 @@ def gguf_config(file: GGUFFile, own: Mapping[str, Any]) -> ModelConfig:
 
 
 def gguf_scaling(own: Mapping[str, Any]) -> RopeScaling | None:
-    """Linear or YaRN scaling from `rope.scaling.*`, linear where no type is named; `rope.scale_linear` is its old name."""
+    """Scaling from `rope.scaling.*`, linear where no type is named; its old name is `rope.scale_linear`."""
     if "rope.scale_linear" in own:
         own = {"rope.scaling.factor": own["rope.scale_linear"], **own}
     kind = own.get("rope.scaling.type", "linear" if "rope.scaling.factor" in own else "none")
