@@ -98,7 +98,7 @@ def as_float(value: object) -> float:
         return float(value) if isinstance(value, SupportsFloat) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.inf
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
         return math.nan
 
 

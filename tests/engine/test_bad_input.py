@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from minillm import LLM, SamplingParams
 from minillm.errors import ConfigError, EngineError, MemoryFitError, ModelNotFoundError, RequestError
@@ -62,6 +63,7 @@ def test_output_stops_at_the_last_position(llm: LLM) -> None:
         {"temperature": math.inf},
         {"temperature": 10**400},
         {"temperature": "hot"},
+        {"temperature": torch.tensor([0.5, 1.0])},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": math.nan},
