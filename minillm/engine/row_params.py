@@ -56,8 +56,9 @@ class RowParamsMaker:
         ways: list[tuple[int, ...]] = []
         for text in (word.lstrip(), f" {word.lstrip()}"):
             tokens = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+            if ways and (tokens[0] == ways[0][0] or len(tokens) != len(ways[0])):
+                continue
             if not tokens or len(tokens) > MAX_BAD_WORD_TOKENS or max(tokens) >= self._info.vocab_size:
                 raise RequestError(f"bad_words has {shown(word)}, which is not 1 to {MAX_BAD_WORD_TOKENS} tokens")
-            if not ways or (tokens[0] != ways[0][0] and len(tokens) == len(ways[0])):
-                ways.append(tokens)
+            ways.append(tokens)
         return ways

@@ -148,6 +148,16 @@ def test_bad_words_of_one_and_of_two_tokens(llm: LLM) -> None:
     assert llm.generate([prompt], SamplingParams(**greedy, bad_words=[bridge]))[0].token_ids == free
 
 
+def test_a_bad_word_may_have_sixteen_tokens_though_a_space_makes_them_more() -> None:
+    word = "1" * 16
+    with LLM("smollm2", device="cpu", dtype="float32", max_model_len=64, num_kv_blocks=8) as llm:
+        lengths = [len(llm.tokenizer.encode(text, add_special_tokens=False)) for text in (word, f" {word}")]
+        assert lengths == [16, 17]
+        llm.engine.check([5], SamplingParams(bad_words=[word]))
+        with pytest.raises(RequestError, match="not 1 to 16 tokens"):
+            llm.engine.check([5], SamplingParams(bad_words=[word + "1"]))
+
+
 def test_a_request_without_a_token_to_choose_fails_alone(llm: LLM) -> None:
     greedy = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
     plain = SamplingParams(**greedy)
