@@ -14,6 +14,7 @@ from rich.table import Table
 
 from minillm.classic.config import check_chunk_size
 from minillm.classic.model import MiniLLM
+from minillm.types import check_int
 
 __all__ = ["benchmark_chunked_prefill"]
 
@@ -29,6 +30,8 @@ def benchmark_chunked_prefill(
 
     Prints a table. Raises RequestError, ConfigError.
     """
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("repeats", repeats)):
+        check_int(name, value, 1, 2**20)
     ids = list(torch.randint(model.config.vocab_size, (batch_size, seq_len)))
     attention = model.attention(None, None)
     results: dict[int | None, dict[str, float]] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minillm.classic.config import Configs, check_chunk_size
 from minillm.classic.model import MiniLLM, as_sequences
+from minillm.errors import RequestError
 from minillm.types import MAX_SEED, MIN_TEMPERATURE, SamplingParams, check_int
 
 __all__ = [
@@ -101,7 +102,7 @@ def generate_tokens(
     params = config.check()
     start = time.perf_counter()
     attention = model.attention(config.use_flash_attention, None)
-    cache = model.make_cache(max(map(len, prompts)) + config.max_new_tokens, len(prompts))
+    cache = model.make_cache(max(map(len, prompts)) + params.max_tokens, len(prompts))
     sampler = Sampler(model, params, len(prompts))
     found: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
@@ -113,7 +114,7 @@ def generate_tokens(
         prefilled = prefilled or time.perf_counter()
         for row, token in zip(rows, tokens, strict=True):
             found[row].append(token)
-        rows = [row for row in rows if not is_done(found[row], model, config)]
+        rows = [row for row in rows if not is_done(found[row], model, params)]
         if rows:
             next_ids = [
                 torch.tensor(found[row][-1:] if row in rows else [], dtype=torch.int32) for row in range(len(found))
@@ -129,9 +130,9 @@ def generate_tokens(
     return found, timing
 
 
-def is_done(tokens: list[int], model: MiniLLM, config: GenerationConfig) -> bool:
+def is_done(tokens: list[int], model: MiniLLM, params: SamplingParams) -> bool:
     """Whether a sequence has ended."""
-    return len(tokens) == config.max_new_tokens or tokens[-1] in model.config.eos_token_ids
+    return len(tokens) == params.max_tokens or tokens[-1] in model.config.eos_token_ids
 
 
 class OptimizedInferenceEngine:
@@ -168,6 +169,10 @@ def chunked_generate_with_kv_cache(
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens, chunk_size=chunk_size, **sampling)
     prompts = as_sequences(input_ids, model.config.vocab_size)
+    if len({len(ids) for ids in prompts}) > 1:
+        raise RequestError(
+            "input_ids must be sequences of one length: OptimizedInferenceEngine takes others in one batch"
+        )
     tokens, _ = generate_tokens(model, prompts, config)
     longest = max(map(len, tokens))
     new_BN = torch.tensor([each + each[-1:] * (longest - len(each)) for each in tokens])

@@ -69,6 +69,18 @@ class KVCache:
         """Memory taken."""
         return self.tensor.numel() * self.tensor.element_size()
 
+    def check_fits(self, settings: Settings) -> None:
+        """Raise RequestError unless a model of these settings can use this cache."""
+        ours, theirs = (
+            (shape.num_layers, shape.num_kv_heads, shape.head_size, place.dtype, place.device.type)
+            for shape, place in ((self._shape, self._place), (settings.shape, settings.place))
+        )
+        if ours != theirs:
+            raise RequestError(
+                f"the KVCache is for {shown_kind(ours)} and the model has {shown_kind(theirs)}: make it of the model's "
+                "config"
+            )
+
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for rows of these lengths.
 
@@ -161,3 +173,8 @@ class KVCache:
     # Names of transformers.cache_utils.Cache.
     get_seq_length = get_query_offset = _seq_length
     get_mask_sizes = _mask_sizes
+
+
+def shown_kind(kind: tuple[object, ...]) -> str:
+    """Layers, heads, head size, dtype and device as an error says them."""
+    return "{} layers of {} key/value heads of {} in {} on {}".format(*kind)

@@ -119,6 +119,9 @@ class MiniLLM(nn.Module):
                 f"{len(sequences)} sequences and a KVCache of batch_size {cache.batch_size}: make it larger"
             )
         settings, lengths = self.settings, [len(ids) for ids in sequences]
+        cache.check_fits(settings)
+        if chunk_size is not None:
+            check_chunk_size(chunk_size)
         self._reach(max(map(sum, zip(cache.lengths, lengths, strict=False))), cache.max_length)
         if chunk_size == AUTO:
             free, _ = free_memory(settings.place.device)
@@ -176,7 +179,7 @@ def tiled_attention(ops: ModuleType, flash_block_size: int, q_TNH: Tensor, **inp
 
 
 def as_sequences(input_ids: Tensor | Sequence[Any], vocab_size: int) -> list[Tensor]:
-    """One integer tensor per sequence, from a tensor [B, S] or a list of tensors or lists of ids.
+    """One int64 tensor per sequence, from a tensor [B, S] or a list of tensors or lists of ids.
 
     Raises RequestError for anything else, an empty sequence, or ids outside the vocabulary.
     """
@@ -187,8 +190,9 @@ def as_sequences(input_ids: Tensor | Sequence[Any], vocab_size: int) -> list[Ten
     if not sequences:
         raise RequestError("input_ids holds no sequence: give at least one")
     for index, ids in enumerate(sequences):
-        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise RequestError(f"sequence {index} must be a list of token ids, not {ids.dtype} of {list(ids.shape)}")
+        sequences[index] = ids = ids.long()  # small types have no room for other tokens, unsigned ones few operations
         if not len(ids):
             raise RequestError(f"sequence {index} is empty: give at least one token")
         if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:

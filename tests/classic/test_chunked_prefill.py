@@ -146,6 +146,8 @@ def test_bad_input_is_named(tiny_config: Maker) -> None:
         ([[1, 2]], r"input_ids must be a tensor \[batch, tokens\]"),
         (prompts(2, 0), "sequence 0 is empty"),
         (prompts(2, 3).float(), "sequence 0 must be a list of token ids"),
+        (prompts(2, 3) + 1j, "sequence 0 must be a list of token ids"),
+        (prompts(2, 3).to(torch.complex128), "sequence 0 must be a list of token ids"),
         (torch.tensor([[1], [163]]), "sequence 1 has a token outside the vocabulary: ids are from 0 to 162"),
         (torch.tensor([[1], [-1]]), "sequence 1 has a token outside the vocabulary"),
         (prompts(1, 257), "comes to 257 tokens and the model has 256 positions"),
@@ -161,6 +163,12 @@ def test_bad_input_is_named(tiny_config: Maker) -> None:
         BatchedChunkedPrefill(model, max_batch_size=0)
     with pytest.raises(RequestError, match="holds no sequence"):
         BatchedChunkedPrefill(model).process_batch([])
+    model.chunk_size = 0
+    with pytest.raises(ConfigError, match="chunk_size must be auto or an integer from 1"):
+        model.chunked_prefill_forward(prompts(1, 4))
+    for name in ("seq_len", "batch_size", "repeats"):
+        with pytest.raises(RequestError, match=f"{name} must be an integer from 1"):
+            benchmark_chunked_prefill(model, **{name: 0})
 
 
 def test_the_benchmark_measures_each_chunk_size(

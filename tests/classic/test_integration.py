@@ -174,6 +174,21 @@ def test_text_generator(tiny_config: Maker) -> None:
     assert flash.shape == (2, 15) and torch.equal(flash, standard) and torch.equal(flash[:, :9], ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_small_types_of_ids_hold_any_new_token(tiny_config: Maker, dtype: torch.dtype) -> None:
+    model, ids = MiniLLM(tiny_config(vocab_size=40_000)), prompts(2, 9)
+    wanted = {"max_new_tokens": 6, "temperature": 0.0}
+    assert torch.equal(
+        chunked_generate_with_kv_cache(model, ids.to(dtype), **wanted),
+        chunked_generate_with_kv_cache(model, ids, **wanted),
+    )
+
+
+def test_prompts_of_different_lengths_make_no_tensor(tiny_config: Maker) -> None:
+    with pytest.raises(RequestError, match="sequences of one length"):
+        chunked_generate_with_kv_cache(MiniLLM(tiny_config()), [[1, 2], [3]])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [

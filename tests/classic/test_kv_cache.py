@@ -113,6 +113,23 @@ def test_bad_updates_are_refused(tiny_config) -> None:
     assert cache.lengths == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 2}, "2 layers of 2 key/value heads of 16 in torch.float32 on cpu and the model has 3 layers"),
+        ({"num_layers": 4}, "4 layers"),
+        ({"num_kv_heads": 4}, "4 key/value heads"),
+        ({"head_size": 32}, "heads of 32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_a_cache_of_another_shape_is_refused(tiny_config, changes: dict[str, Any], said: str) -> None:
+    cache = KVCache(tiny_config(**changes))
+    with pytest.raises(RequestError, match=said):
+        MiniLLM(tiny_config())(torch.ones(1, 5, dtype=torch.long), kv_cache=cache)
+    assert cache.lengths == (0,)
+
+
 def make_hf_model(attention: str) -> Any:
     """A tiny Llama of transformers, of the shape of `tiny_config`."""
     import transformers
