@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import index
 from typing import SupportsFloat, SupportsIndex
 
@@ -25,6 +26,15 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
     number = as_int(value)
     if number is None or not low <= number <= high:
         raise RequestError(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
+
+
+def keep_plain(params: object, names: Sequence[str]) -> None:
+    """Make Python's own of numbers, checked or None, in a frozen `params`: numpy's overflow in sums."""
+    for name in names:
+        value = getattr(params, name)
+        if value is not None and type(value) not in (int, float):
+            plain = as_int(value)
+            object.__setattr__(params, name, as_float(value) if plain is None else plain)
 
 
 def check_priority(priority: object) -> None:

@@ -19,6 +19,7 @@ from minillm.checks import (
     check_strings,
     check_tokens,
     check_unicode,
+    keep_plain,
     shown,
 )
 from minillm.errors import RequestError
@@ -182,6 +183,7 @@ class SamplingParams:
                 check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.seed is not None:
             check_int("seed", self.seed, 0, MAX_SEED)
+        keep_plain(self, ("max_tokens", "top_k", "min_tokens", "n", "logprobs", "prompt_logprobs", "seed"))
         check_strings("stop", self.stop_strings if isinstance(self.stop, str) else self.stop, MAX_STOP_STRINGS)
         check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         check_end_tokens(self.stop_token_ids, self.ignore_eos)
@@ -226,6 +228,7 @@ class BeamSearchParams:
         check_int("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
         check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        keep_plain(self, ("beam_width", "max_tokens", "length_penalty"))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping must be True, False or 'never', not {shown(self.early_stopping)}")
         check_end_tokens(self.stop_token_ids, self.ignore_eos)

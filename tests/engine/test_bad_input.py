@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from minillm import LLM, SamplingParams
+from minillm import LLM, BeamSearchParams, SamplingParams
 from minillm.errors import ConfigError, EngineError, MemoryFitError, ModelNotFoundError, RequestError
 from minillm.types import FinishReason
 
@@ -116,6 +117,21 @@ def test_output_stops_at_the_last_position(llm: LLM) -> None:
 def test_bad_parameters_name_their_field(field: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(field))):
         SamplingParams(**field)
+
+
+def test_numbers_of_numpy_are_numbers_like_others(llm: LLM) -> None:
+    """Their sums overflow: 28 tokens and 100 more are less than none in eight bits, and a search found no end."""
+    prompt = [5] * 28
+    given = {"max_tokens": np.int8(100), "seed": np.int64(3), "n": np.int8(2), "min_tokens": np.int8(100)}
+    assert SamplingParams(max_tokens=np.int32(2**31 - 1)).max_tokens + 1 == 2**31  # type: ignore[arg-type]
+    got, expected = (
+        llm.generate([prompt], SamplingParams(**each, stop_token_ids=[*range(1, 99)]))[0]
+        for each in (given, {name: int(value) for name, value in given.items()})
+    )
+    assert [each.token_ids for each in got.completions] == [each.token_ids for each in expected.completions]
+    assert len(got.token_ids) == 100
+    beams = BeamSearchParams(max_tokens=np.int8(100), beam_width=np.int8(2), length_penalty=np.float16(8))  # type: ignore[arg-type]
+    assert repr(beams) == repr(BeamSearchParams(max_tokens=100, beam_width=2, length_penalty=8.0))
 
 
 def test_unknown_options_are_errors() -> None:
