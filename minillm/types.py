@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -259,6 +259,10 @@ class Timings:
     """Drafts that were verified."""
     num_accepted_drafts: int = 0
     """Drafts that held."""
+
+    def of_tokens(self, num_tokens: int) -> Timings:
+        """The same for the first output tokens alone: drafts that hold behind a stop string are no output."""
+        return replace(self, token_times=self.token_times[:num_tokens])
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -122,7 +122,7 @@ class TextStream:
             text=first.text,
             token_ids=first.token_ids,
             finish_reason=first.finish_reason,
-            timings=self.generation.timings,
+            timings=self.generation.timings.of_tokens(len(first.token_ids)),
             completions=completions,
             logprobs=first.logprobs,
             prompt_logprobs=prompt_logprobs,

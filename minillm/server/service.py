@@ -100,7 +100,7 @@ class Choice:
     def timings(self) -> Timings:
         """Where the time went; complete once it has ended."""
         assert self.stream.ending is not None
-        return self.stream.ending.timings
+        return self.stream.ending.timings.of_tokens(len(self.token_ids))
 
     async def _stop(self) -> None:
         """A stop string is there: end the request; what it gained meanwhile is dropped."""

@@ -197,6 +197,18 @@ def test_an_end_among_the_drafts_is_an_end() -> None:
         assert not llm.engine.has_work
 
 
+def test_drafts_that_hold_behind_a_stop_string_are_no_output() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
+    with LLM(MODEL, **OPTIONS) as llm:
+        output = llm.generate([[5, 6, 7]], params)[0].token_ids
+        stop = next(i for i in range(3, 12) if output[i] not in output[:i])
+        force(llm, Fixed(8), Foreseen([[5, 6, 7, *output]], 0.0))
+        out = llm.generate([[5, 6, 7]], replace(params, stop=llm.tokenizer.decode([output[stop]])))[0]
+    assert out.token_ids == output[: stop + 1] and out.finish_reason is FinishReason.STOP
+    assert len(out.timings.token_times) == len(out.logprobs or ()) == stop + 1
+    assert out.timings.num_accepted_drafts > stop, "no draft held behind the stop string: the case tests nothing"
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 6])
 def test_no_draft_goes_past_the_last_token(max_tokens: int) -> None:
     with LLM(MODEL, **OPTIONS) as llm:
