@@ -32,6 +32,8 @@ from minillm.runtime.runner import Runner
 
 MIN_DRAFTING_ROWS = 4
 """With speculation a step samples at least what so many rows of drafts need, whatever max_num_seqs."""
+ROTARY_BYTES = 8
+"""Of the rotary table, per position and entry of a head: fp32, and as much while it is made."""
 TABLE_ENTRY_BYTES = 4
 """Of a block table, per block that a row can hold."""
 
@@ -119,7 +121,7 @@ def started_on(
     """`start_runner` on a device, which is the current one where kernels are launched."""
     place = Place(device, choose_dtype(config.dtype, device), kernel_set(device))
     sizes = choose_sizes(config, model_config, device)
-    check_weights_fit(model_config, place)
+    check_weights_fit(model_config, place, sizes.max_model_len)
     is_gpu = device.type == "cuda"
     is_drafting = config.max_drafts > 0
     shapes = padded_shapes(sizes.max_num_samples, sizes.max_num_batched_tokens, is_drafting) if is_gpu else None
@@ -218,8 +220,8 @@ def choose_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int
     return config.max_model_len
 
 
-def check_weights_fit(model_config: ModelConfig, place: Place) -> None:
-    """Raise MemoryFitError, before anything is read, if the weights alone are too large."""
+def check_weights_fit(model_config: ModelConfig, place: Place, max_model_len: int) -> None:
+    """Raise MemoryFitError, before anything is read, if weights and rotary table alone are too large."""
     free, _ = free_memory(place.device)
     need = model_config.num_params * place.dtype.itemsize
     if need > free:
@@ -228,6 +230,12 @@ def check_weights_fit(model_config: ModelConfig, place: Place) -> None:
         raise MemoryFitError(
             f"the weights need {gib(need)} in {place.dtype} and {place.device} has {gib(free)} free; "
             f"take {advice}a smaller model, or a device with more memory"
+        )
+    table = max_model_len * model_config.head_size * ROTARY_BYTES
+    if need + table > free:
+        raise MemoryFitError(
+            f"the weights need {gib(need)}, the rotary table of max_model_len {max_model_len} positions {gib(table)}, "
+            f"and {place.device} has {gib(free)} free: lower max_model_len"
         )
 
 

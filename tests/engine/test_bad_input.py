@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from minillm import LLM, BeamSearchParams, SamplingParams
+from minillm.config import Configs
+from minillm.engine import launch
 from minillm.errors import ConfigError, EngineError, MemoryFitError, ModelNotFoundError, RequestError
 from minillm.types import FinishReason
 
@@ -185,6 +188,16 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
 def test_a_cache_that_does_not_fit_gives_three_numbers() -> None:
     with pytest.raises(MemoryFitError, match=r"weights .* GiB, activations .* GiB .* cache .* KiB per token.*Try"):
         LLM(TINY, **(OPTIONS | {"num_kv_blocks": 10**9}))
+
+
+def test_a_model_of_endless_positions_takes_a_max_model_len(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = replace(Configs.TINY_LLAMA, max_position=2**31 - 1)
+    monkeypatch.setattr(launch, "load_config", lambda files: endless)
+    options = OPTIONS | {"max_model_len": None}
+    with pytest.raises(MemoryFitError, match=r"rotary table of max_model_len 2147483647 .*lower max_model_len"):
+        LLM(TINY, **options)
+    with LLM(TINY, **(options | {"max_model_len": 64})) as llm:
+        assert len(llm.generate([[5]], GREEDY)[0].token_ids) == 4
 
 
 def test_unknown_model() -> None:
