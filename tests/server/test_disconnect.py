@@ -21,7 +21,8 @@ ENGINE = EngineConfig(
     num_kv_blocks=300,
     max_num_seqs=4,
     max_num_batched_tokens=64,
-    max_chunk_size=16,
+    max_chunk_size=4,
+    min_chunk_size=4,
 )
 LONG = {"max_tokens": 1900, "ignore_eos": True}
 Row = dict[str, Any]
