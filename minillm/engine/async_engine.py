@@ -131,11 +131,14 @@ class AsyncEngine:
 
     @property
     def predicted_wait(self) -> float:
-        """Seconds until all that waits has been served."""
-        waiting = self._waiting.values()
-        num_output = sum(min(s.submission.params.max_tokens, self.info.limits.max_model_len) for s in waiting)
-        firsts = [stream.submission for stream in waiting if stream.key == stream.submission.key]
-        return self.predictor.seconds(sum(len(s.prompt) for s in firsts), num_output)
+        """Seconds until all that is here has been served: who waits for a row waits for those that run."""
+        max_len = self.info.limits.max_model_len
+        owed = sum(
+            min(s.submission.params.max_tokens, max_len - len(s.submission.prompt)) - s.num_tokens
+            for s in self._streams.values()
+        )
+        firsts = [s.submission for s in self._waiting.values() if s.key == s.submission.key]
+        return self.predictor.seconds(sum(len(s.prompt) for s in firsts), owed)
 
     def check_room(self, user: str, num: int) -> None:
         """Raise EngineError, BusyError or ClosingError unless `num` more requests of `user` may come."""

@@ -39,7 +39,7 @@ class WaitPredictor:
         self.used_share = MEMORY * self.used_share + (1 - MEMORY) * min(1.0, num_output / max_tokens)
 
     def seconds(self, num_prompt: int, num_output: int) -> float:
-        """Time to work off waiting requests of `num_prompt` prompt tokens and `num_output` max_tokens in all."""
+        """Time to work off `num_prompt` tokens of prompts and what comes of at most `num_output` tokens of output."""
         if self.tokens_per_second is None:
             return GUESS
         return (num_prompt + self.used_share * num_output) / self.tokens_per_second

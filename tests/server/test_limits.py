@@ -171,16 +171,20 @@ def test_a_large_header_in_one_piece_is_refused(live: Live) -> None:
 def test_a_slow_request_is_refused(sent: bytes) -> None:
     with serving(config=threaded(receive_seconds=0.2)) as live:
         assert exchange(live, sent).startswith(b"HTTP/1.1 408")
+        live.server.config.http_protocol_class.seconds = 30.0  # for a client that may be slow too
         assert live.client.get("/health").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_back_and_running_streams_go_on() -> None:
+def test_a_full_queue_says_when_to_come_back_and_running_streams_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = EngineConfig(device="cpu", dtype="float32", max_model_len=2048, num_kv_blocks=256, max_num_seqs=1)
     with serving(engine=engine, config=threaded(max_waiting=3)) as live:
         endless = {"prompt": [5, 6], "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with live.client.stream("POST", "/v1/completions", json=endless) as running:
             lines = running.iter_lines()
             next(lines)
+            with monkeypatch.context() as patch:  # a second for each token
+                patch.setattr(live.engine.predictor, "seconds", lambda num_prompt, num_output: num_prompt + num_output)
+                assert 0 < live.call(lambda: live.engine.predicted_wait) < 2000, "that of the stream under way"
             response = live.post("/v1/completions", prompt=[5], n=4, max_tokens=3)
             assert response.status_code == 429 and 1 <= int(response.headers["retry-after"]) <= 600
             assert response.json()["error"]["type"] == "rate_limit_error"
@@ -231,11 +235,15 @@ def test_parts_of_many_completions_have_the_seeds_of_the_whole(seed: int | None)
 
 def test_a_request_whose_time_is_over_gives_what_it_has() -> None:
     engine = EngineConfig(device="cpu", dtype="float32", max_model_len=2048, num_kv_blocks=256)
-    with serving(engine=engine, config=threaded(request_seconds=0.5)) as live:
-        answer = live.post("/v1/completions", prompt=[5], max_tokens=2000, ignore_eos=True).json()
-        assert answer["choices"][0]["finish_reason"] == "abort"
-        assert 0 < answer["usage"]["completion_tokens"] < 2000
-        live.wait_idle()
+    for seconds in (0.5, 4.0, 32.0):  # more where no token comes in less, and 2000 take as much longer
+        with serving(engine=engine, config=threaded(request_seconds=seconds)) as live:
+            response = live.post("/v1/completions", prompt=[5], max_tokens=2000, ignore_eos=True)
+            live.wait_idle()
+        if response.status_code != 408:
+            break
+    answer = response.json()
+    assert answer["choices"][0]["finish_reason"] == "abort"
+    assert 0 < answer["usage"]["completion_tokens"] < 2000
 
 
 def test_a_salt_keeps_cached_prompts_apart(live: Live) -> None:
