@@ -77,6 +77,15 @@ class Live:
                 assert state["num_free_blocks"] == state["num_blocks"] - 1, state
                 return
 
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Return when the server's side is as wanted; it is looked at on the event loop."""
+
+        async def wait() -> None:
+            while not is_so():
+                await self.engine.ask("dump")
+
+        self.run(wait())
+
     def close(self) -> None:
         """End the server and its thread."""
         self.client.close()

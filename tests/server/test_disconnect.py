@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -84,12 +83,7 @@ def test_to_leave_is_no_error(live: Live, caplog: pytest.LogCaptureFixture) -> N
     wait_until(live, lambda state: any(map(is_decoding, state["requests"])))
     connection.close()
     live.wait_idle()
-
-    async def none_left() -> None:
-        while live.server.server_state.tasks:
-            await asyncio.sleep(0)
-
-    live.run(none_left())
+    live.wait_until(lambda: not live.server.server_state.tasks)
     assert not caplog.records
 
 

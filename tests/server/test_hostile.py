@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
@@ -173,12 +172,7 @@ def test_connections_that_only_cost_are_cut() -> None:
             live.server.config.http_protocol_class.seconds = 0.5
             blank.sendall(b"\r\n")
             deaf.sendall(ask * 1000)
-
-            async def none_left() -> None:
-                while live.server.server_state.connections:
-                    await asyncio.sleep(0)
-
-            live.run(none_left())
+            live.wait_until(lambda: not live.server.server_state.connections)
 
 
 @pytest.mark.parametrize("answer_of", ["decode", "encode"])
