@@ -65,6 +65,9 @@ class LLM:
         self.tokenizer, self.model_config = launched.tokenizer, launched.model_config
         self._streams: dict[int, TextStream] = {}
         self._turn = RLock()
+        self._is_stepping = False
+        self._left: list[TextStream] = []
+        """Streams that the garbage collector closed in the middle of a step."""
 
     def generate(
         self,
@@ -212,14 +215,25 @@ class LLM:
     def _step(self) -> None:
         """Advance every request of this LLM by a step."""
         with self._undisturbed():
-            for generation in self.engine.step():
+            self._is_stepping = True
+            try:
+                changed = self.engine.step()
+            finally:
+                self._is_stepping = False
+            left, self._left = self._left, []
+            if left:
+                self._end(left)
+            for generation in changed:
                 stream = self._streams.get(generation.request.number)
                 if stream is not None:
                     stream.advance()
 
     def _end(self, streams: Sequence[TextStream]) -> None:
-        """End those of `streams` that have not ended, and no other request."""
+        """End those of `streams` that have not ended, and no other request; within a step, once it is over."""
         with self._undisturbed():
+            if self._is_stepping:
+                self._left += streams
+                return
             for stream in streams:
                 self._streams.pop(stream.generation.request.number, None)
                 self.engine.finish(stream.generation, FinishReason.ABORT)

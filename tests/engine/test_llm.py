@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from minillm import LLM, BeamSearchParams, FinishReason, SamplingParams
+from minillm.core.kv_manager import KVManager
 from minillm.core.queue import RequestQueue
 from minillm.engine.interrupts import interrupts_deferred
 from minillm.engine.output import TextStream
@@ -147,6 +148,22 @@ def test_threads_may_share_it(llm: LLM) -> None:
         streams = pool.map(lambda prompt: list(llm.stream(prompt, GREEDY)), prompts)
         assert [tokens(iter(chunks)) for chunks in streams] == expected
         assert all([out.token_ids for out in each.result()] == expected for each in whole)
+    assert not llm.engine.has_work
+
+
+def test_a_stream_that_is_collected_within_a_step_ends_after_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row would be another's in the same plan."""
+    prompts = [list(range(30, 60)), [8, 9]]
+    expected = [out.token_ids for out in llm.generate(prompts, GREEDY)]
+    stream, match = llm.stream([5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True)), KVManager.match
+    next(stream), next(stream)
+
+    def collected(*args: Any) -> Any:
+        stream.close()  # type: ignore[attr-defined]
+        return match(*args)
+
+    monkeypatch.setattr(KVManager, "match", collected)
+    assert [out.token_ids for out in llm.generate(prompts, GREEDY)] == expected
     assert not llm.engine.has_work
 
 
