@@ -7,10 +7,10 @@ served by arrival, so it is given no more than that. It knows no text, sockets o
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillm.engine.engine import Engine, Generation
 from minillm.engine.fair_queue import FairQueue
@@ -29,6 +29,7 @@ MAX_NUMBERS = 4096
 """Requests whose numbers are kept for those who ask of them later."""
 NUM_CHECKERS = 4
 CHECK_SECONDS = 0.01
+WRITE_SECONDS, WRITE_SHARE = 0.003, 0.1
 NUM_AHEAD = 4
 """Requests given to the scheduler beyond its rows, for it to choose among when memory is short."""
 
@@ -43,6 +44,14 @@ def drive(
             obey[name](*arguments)
         deliver(driver.turn())
     deliver(driver.close())
+
+
+class Writing(NamedTuple):
+    """A long answer: what is to come of its text, and what is there."""
+
+    number: int
+    texts: Iterator[str]
+    written: list[str]
 
 
 class EngineDriver:
@@ -62,11 +71,17 @@ class EngineDriver:
         self._keys: dict[int, int] = {}  # the engine's request number -> the front end's key
         self._starting: dict[int, Generation] = {}  # whose prompts are not planned, or not computed and to be shared
         self._report = Report(load=Load())
+        self._writing: deque[Writing] = deque()
+        self._step_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self._pending or self.engine.has_work or self._report.endings or self._report.answers)
+        return bool(self._pending or self.engine.has_work or self._writing or self._has_news)
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._report.endings or self._report.answers)
 
     @property
     def load(self) -> Load:
@@ -102,24 +117,33 @@ class EngineDriver:
             self._end(key, generation)
 
     def ask(self, number: int, query: str, arguments: Mapping[str, Any]) -> None:
-        """Answer a query in the next report; the answer to a wrong one, or one that fails, is None."""
-        answer = None
+        """Answer a query in the next report, or a later one if the answer is text in pieces.
+
+        The answer to a wrong query, or one that fails, is None.
+        """
+        answer: Any = None
         try:
             if query in self._queries:
                 answer = self._queries[query](**arguments)
         except Exception:  # no question ends the engine
             LOG.exception("the query %s failed", query)
-        self._report.answers.append((number, answer))
+        if isinstance(answer, Iterator):
+            self._writing.append(Writing(number, answer, []))
+        else:
+            self._report.answers.append((number, answer))
 
     def turn(self) -> Report:
         """Start what fits, run one step, and report since the last turn. After a failure nothing is left to do."""
         failure = ""
         self._take_checked()
+        self._write()
         try:
             self._release()
             if self.engine.has_work:
+                began = self.engine.clock()
                 for generation in self.engine.step():
                     self._collect(generation)
+                self._step_seconds = self.engine.clock() - began
         except EngineError as error:
             failure = str(error)
             self._queue, self._pending, self._checking = FairQueue(), {}, {}
@@ -179,7 +203,7 @@ class EngineDriver:
     def _take_checked(self) -> None:
         """Queue the requests whose grammars are ready; wait a moment for them if there is nothing else to do."""
         checks = [check for _, check in self._checking.values()]
-        is_idle = not (self._queue or self.engine.has_work or self._report.endings or self._report.answers)
+        is_idle = not (self._queue or self.engine.has_work or self._writing or self._has_news)
         if checks and is_idle:
             wait(checks, CHECK_SECONDS, FIRST_COMPLETED)
         for key, (submission, check) in list(self._checking.items()):
@@ -190,6 +214,23 @@ class EngineDriver:
                     self._enqueue(submission)
                 else:
                     self._refuse(submission, error)
+
+    def _write(self) -> None:
+        """Go on with long answers for a small part of a step's time: those who read tokens wait no longer than that."""
+        end = self.engine.clock() + max(WRITE_SECONDS, WRITE_SHARE * self._step_seconds)
+        while self._writing:
+            number, texts, written = self._writing[0]
+            answer: str | None = None
+            try:
+                for text in texts:
+                    written.append(text)
+                    if self.engine.clock() >= end:
+                        return
+                answer = "".join(written)
+            except Exception:
+                LOG.exception("an answer failed")
+            self._writing.popleft()
+            self._report.answers.append((number, answer))
 
     def _release(self) -> None:
         """Hand the engine what its next step could start: rows for all, and one step's budget of prompt tokens."""

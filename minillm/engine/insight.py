@@ -1,9 +1,10 @@
 """What a front end may ask of a running engine: its steps, its requests, its blocks, its figures. Plain values, ids,
-never contents. Each query is answered between two steps, on the engine's own thread."""
+never contents. Each query is answered between two steps, on the engine's own thread, or begun there: long answers are
+JSON text in pieces, to be taken a few at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -42,11 +43,11 @@ class Insight:
         number = number if key is None else self._numbers.get(key)
         return None if number is None else explain(self.engine.timeline, number, self.engine.clock())
 
-    def trace(self) -> dict[str, Any]:
+    def trace(self) -> Iterator[str]:
         """The last steps for Perfetto."""
         return trace(self.engine.timeline)
 
-    def recording(self) -> dict[str, Any] | None:
+    def recording(self) -> Iterator[str] | None:
         """The flight recording; None if there is no recorder."""
         scheduler = self.engine.scheduler
         return scheduler.recording() if isinstance(scheduler, RecordingScheduler) else None

@@ -6,7 +6,8 @@ full the one before it is dropped. `minillm replay` (`replay.py`) runs a recordi
 
 from __future__ import annotations
 
-from collections.abc import Set
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from minillm.core.budget import SchedulerLimits
 from minillm.core.plan import StepPlan, StepResult
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
-from minillm.engine.snapshot import STOP_TOKEN, Keys, encode, freeze
+from minillm.engine.snapshot import STOP_TOKEN, First, Keys, encode, freeze, texts
 from minillm.types import FinishReason
 
 __all__ = ["FORMAT", "RecordingScheduler", "plan_columns"]
@@ -91,9 +92,12 @@ class RecordingScheduler(Scheduler):
         recording.note_applied(self)
         return changed
 
-    def recording(self) -> dict[str, Any]:
-        """The record as values that JSON has: ids, sizes and times. To be called between two steps."""
-        return self._recording.as_dict()
+    def recording(self) -> Iterator[str]:
+        """The record as JSON text: ids, sizes and times. To be called between two steps.
+
+        It is written piece by piece as the pieces are taken; meanwhile the scheduler may go on.
+        """
+        return self._recording.texts()
 
 
 class Recording:
@@ -134,32 +138,40 @@ class Recording:
         requests = {r.number: (r.keys, r.stop_token_ids) for r in scheduler._live.values()}
         self._segments = [*self._segments[-1:], Segment(state, list(self.in_flight), requests)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def texts(self) -> Iterator[str]:
         """All segments as one: the state at the beginning, and all events since."""
-        keys, events = Keys(), []
-        known: dict[int, tuple[list[bytes], Set[int]]] = {}
-        plans: dict[int, StepPlan] = {}
         first = self._segments[0] if self._segments else None
+        in_flight = first.in_flight if first else []
+        known: dict[int, tuple[First, Set[int]]] = {}
         for segment in self._segments:
-            known |= segment.requests
-        for plan in first.in_flight if first else ():
-            plans[plan.step] = plan
-        for segment in self._segments:
-            for event in segment.events:
-                if event[0] == "schedule" and event[1] is not None:
-                    plans[event[1].step] = event[1]
-                events.append(encode_event(event, plans, known, keys))
-        return {
-            "format": FORMAT,
-            "state": encode(first.state, keys) if first else None,
-            "in_flight": [plan_columns(plan) for plan in first.in_flight] if first else [],
-            "events": events,
-            "keys": {str(number): [keys.number(key) for key in list(of)] for number, (of, _) in known.items()},
-        }
+            known |= {number: (First(of, len(of)), stops) for number, (of, stops) in segment.requests.items()}
+        events = [event for segment in self._segments for event in segment.events]
+        return recording_texts(first.state if first else None, in_flight, events, known)
+
+
+def recording_texts(
+    state: Any,
+    in_flight: Sequence[StepPlan],
+    events: Sequence[tuple[Any, ...]],
+    known: Mapping[int, tuple[First, Set[int]]],
+) -> Iterator[str]:
+    """A recording as JSON text, an event or a request at a time."""
+    keys, plans = Keys(), {plan.step: plan for plan in in_flight}
+    yield f'{{"format": {json.dumps(FORMAT)}, "state": '
+    yield from texts(state, keys)
+    yield f', "in_flight": {json.dumps([plan_columns(plan) for plan in in_flight])}, "events": ['
+    for i, event in enumerate(events):
+        if event[0] == "schedule" and event[1] is not None:
+            plans[event[1].step] = event[1]
+        yield ", " * bool(i) + json.dumps(encode_event(event, plans, known, keys))
+    yield '], "keys": {'
+    for i, (number, (of, _)) in enumerate(known.items()):
+        yield f'{", " * bool(i)}"{number}": {json.dumps([keys.number(key) for key in of.values[: of.num]])}'
+    yield "}}"
 
 
 def encode_event(
-    event: tuple[Any, ...], plans: dict[int, StepPlan], known: dict[int, tuple[list[bytes], Set[int]]], keys: Keys
+    event: tuple[Any, ...], plans: Mapping[int, StepPlan], known: Mapping[int, tuple[First, Set[int]]], keys: Keys
 ) -> list[Any]:
     """An event for JSON; of a result's tokens only whether each ends its request."""
     kind, *values = event

@@ -7,8 +7,10 @@ changes a schedule once the keys are known.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from minillm.core.scheduler import Scheduler
 from minillm.errors import ConfigError
 from minillm.types import FinishReason
 
-__all__ = ["STOP_TOKEN", "Keys", "decode", "encode", "freeze"]
+__all__ = ["STOP_TOKEN", "First", "Keys", "decode", "encode", "freeze", "texts"]
 
 CLASSES: dict[str, type] = {
     cls.__name__: cls for cls in (BlockPool, KVManager, Request, RequestQueue, Running, Scheduler, SchedulerLimits)
@@ -149,6 +151,25 @@ def encode(value: Any, keys: Keys) -> Any:
         return [kind, *([encode(k, keys), encode(v, keys)] for k, v in value.items())]
     kinds: dict[type, str] = {list: "list", deque: "deque", tuple: "tuple", frozenset: "set"}
     return [kinds[type(value)], *(encode(v, keys) for v in value)]
+
+
+def texts(value: Any, keys: Keys) -> Iterator[str]:
+    """What `encode` gives as JSON text, in small pieces: a state of thousands of requests takes a while."""
+    if isinstance(value, Frozen) and value.name != "Request":
+        yield f'["object", {json.dumps(value.name)}, {value.number}, {{'
+        for i, (name, field) in enumerate(value.fields.items()):
+            yield f"{', ' if i else ''}{json.dumps(name)}: "
+            yield from texts(field, keys)
+        yield "}]"
+    elif isinstance(value, dict):
+        yield '["ordered"' if isinstance(value, OrderedDict) else '["dict"'
+        for key, item in value.items():
+            yield f", [{json.dumps(encode(key, keys))}, "
+            yield from texts(item, keys)
+            yield "]"
+        yield "]"
+    else:
+        yield json.dumps(encode(value, keys))
 
 
 def key_of(number: int) -> bytes:

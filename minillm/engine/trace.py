@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from minillm.engine.timeline import StepRecord, Timeline
@@ -9,22 +11,28 @@ from minillm.engine.timeline import StepRecord, Timeline
 __all__ = ["trace"]
 
 STEPS, ROWS = 1, 2
+DECODE = "decode"
 
 
-def trace(timeline: Timeline) -> dict[str, Any]:
-    """The steps on record: one track of steps, one of each row, and counters; times in microseconds.
+def trace(timeline: Timeline) -> Iterator[str]:
+    """The steps on record as JSON text: one track of steps, one of each row, and counters; times in microseconds.
 
-    A row's decode steps in succession are one slice. A step still under way is left out.
+    A row's decode steps in succession are one slice. A step still under way is left out. The text is written piece by
+    piece as the pieces are taken; meanwhile the engine may go on.
     """
-    records = [record for record in timeline.last_steps() if record.applied is not None]
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", "pid": STEPS, "tid": 0, "args": {"name": "steps"}},
-        {"ph": "M", "name": "process_name", "pid": ROWS, "tid": 0, "args": {"name": "rows"}},
-    ]
+    return texts([record for record in timeline.last_steps() if record.applied is not None], timeline.num_blocks)
+
+
+def texts(records: Sequence[StepRecord], num_blocks: int) -> Iterator[str]:
+    """The events of a few rows or of one step at a time."""
+    names = ((STEPS, "steps"), (ROWS, "rows"))
+    events = [{"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}} for pid, name in names]
+    yield '{"displayTimeUnit": "ms", "traceEvents": ' + json.dumps(events)[:-1]
     for record in records:
-        events.append(step_event(record))
-        events.extend(counters(record, timeline.num_blocks))
-    return {"traceEvents": events + row_events(records), "displayTimeUnit": "ms"}
+        yield "".join(f", {json.dumps(event)}" for event in (step_event(record), *counters(record, num_blocks)))
+    for events in row_events(records):
+        yield "".join(f", {json.dumps(event)}" for event in events)
+    yield "]}"
 
 
 def step_event(record: StepRecord) -> dict[str, Any]:
@@ -66,25 +74,24 @@ def counters(record: StepRecord, num_blocks: int) -> list[dict[str, Any]]:
     return [{"ph": "C", "name": name, "pid": STEPS, "ts": at, "args": args} for name, args in values.items()]
 
 
-def row_events(records: list[StepRecord]) -> list[dict[str, Any]]:
-    """What each row did: a slice per chunk, one per run of decode steps."""
-    events: list[dict[str, Any]] = []
-    runs: dict[int, dict[str, Any]] = {}  # by row: the decode slice that may grow
+def row_events(records: Sequence[StepRecord]) -> Iterator[list[dict[str, Any]]]:
+    """What each row did: a slice per chunk, one per run of decode steps; by steps, those that ended before it."""
+    runs: dict[int, dict[str, Any]] = {}  # by row: the slice that may grow
     for record in records:
         plan, start, dur = record.plan, 1e6 * record.started, 1e6 * record.seconds
-        seen: dict[int, dict[str, Any]] = {}
+        ended = runs
+        runs = {}
         for i, (number, row, count) in enumerate(zip(plan.requests, plan.rows, plan.counts, strict=True)):
-            run = runs.get(row)
             is_decode = i < record.num_decodes
-            if is_decode and run is not None and run["args"]["request"] == number:
+            run = ended.get(row)
+            if is_decode and run is not None and run["args"]["request"] == number and run["name"].startswith(DECODE):
                 run["dur"] = start + dur - run["ts"]
                 run["args"]["steps"] += 1
+                del ended[row]
             else:
-                name = f"{'decode' if is_decode else count} · request {number}"
+                name = f"{DECODE if is_decode else count} · request {number}"
                 run = {"ph": "X", "name": name, "pid": ROWS, "tid": row, "ts": start, "dur": dur}
                 run["args"] = {"request": number, "steps": 1}
-                events.append(run)
-            if is_decode:
-                seen[row] = run
-        runs = seen
-    return events
+            runs[row] = run
+        yield list(ended.values())
+    yield list(runs.values())

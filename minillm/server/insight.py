@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from minillm.server.errors import ApiError
 from minillm.server.metrics import CONTENT_TYPE, metrics_text
@@ -74,6 +74,7 @@ def insight_router(service: Service) -> APIRouter:
     return router
 
 
-def download(value: Any, name: str) -> Response:
+def download(text: str, name: str) -> Response:
     """JSON to be saved as a file."""
-    return JSONResponse(value, headers={"Content-Disposition": f'attachment; filename="{name}"'})
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(text, media_type="application/json", headers=headers)

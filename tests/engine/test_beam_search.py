@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_search_that_is_left_leaves_nothing_behind() -> None:
 def test_a_recording_with_searches_can_be_replayed() -> None:
     with LLM(MODEL, **(BASE | {"overlap": True, "max_num_seqs": 4})) as llm:
         llm.beam_search(prompts(), SEARCH)
-        replayed = replay(llm.engine.scheduler.recording())  # type: ignore[attr-defined]
+        replayed = replay(json.loads("".join(llm.engine.scheduler.recording())))  # type: ignore[attr-defined]
     assert replayed.difference is None and replayed.num_steps > 20
 
 

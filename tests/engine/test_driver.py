@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -175,6 +177,29 @@ def test_queries_are_answered_and_unknown_ones_too() -> None:
     assert first == 1 and others == [(2, None), (3, None)]
     assert [row["num_prompt"] for row in dump["requests"]] == [3]
     assert "tokens" not in str(dump)
+
+
+def test_a_long_answer_is_written_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece a turn, by a clock that goes on at each look; one that fails is none, and harms nobody."""
+    driver, _ = fake_driver()
+    ticks = count()
+    monkeypatch.setattr(driver.engine, "clock", lambda: float(next(ticks)))
+
+    def failing() -> Iterator[str]:
+        yield "a"
+        raise ValueError("no more")
+
+    driver._queries |= {"long": lambda: iter(["a", "b", "c"]), "failing": failing}
+    driver.submit(submission(1))
+    driver.ask(1, "failing", {})
+    driver.ask(2, "long", {})
+    driver.ask(3, "dump", {})
+    reports = [driver.turn() for _ in range(30)]
+    numbers = [[number for number, _ in report.answers] for report in reports]
+    assert numbers[0] == [3] and numbers.index([1]) < numbers.index([2]) and sum(numbers, []) == [3, 1, 2]
+    assert [answer for report in reports[1:] for _, answer in report.answers] == [None, "abc"]
+    assert any(report.tokens for report in reports[: numbers.index([2])]), "steps waited for the answer"
+    assert not driver.has_work
 
 
 def test_drive_ends_everything_when_commands_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ def busy_engine() -> Engine:
 
 
 def plain(value: Any) -> Any:
-    """As it comes out of a process's other end."""
+    """As it comes out of a process's other end, or out of the pieces of a long answer."""
+    if isinstance(value, Iterator):
+        return json.loads("".join(value))
     return json.loads(json.dumps(value, allow_nan=False))
 
 

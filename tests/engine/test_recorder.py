@@ -37,6 +37,12 @@ class RecordedWorld(World):
         self.scheduler: RecordingScheduler = RecordingScheduler(self.limits, random.Random(self.seed).choice((3, 20)))
 
 
+def recording_of(scheduler: RecordingScheduler) -> dict[str, Any]:
+    """Its record, as it comes from a file."""
+    recording: dict[str, Any] = json.loads("".join(scheduler.recording()))
+    return recording
+
+
 def recorded(num_steps: int = 1000, **limits: Any) -> dict[str, Any]:
     """A recording of a small mix with preemptions, chunks and prefix hits, as it comes from a file."""
     values = {"max_num_batched_tokens": 40, "num_kv_blocks": 24, "block_size": 4, "max_num_seqs": 4} | limits
@@ -46,7 +52,7 @@ def recorded(num_steps: int = 1000, **limits: Any) -> dict[str, Any]:
         engine.add([5] * 20 + [number] * (7 * number), SamplingParams(max_tokens=12, ignore_eos=True))
     run(engine)
     assert scheduler.num_preemptions
-    return json.loads(json.dumps(scheduler.recording(), allow_nan=False))
+    return recording_of(scheduler)
 
 
 def test_random_worlds_replay_alike() -> None:
@@ -54,10 +60,10 @@ def test_random_worlds_replay_alike() -> None:
     for seed in range(NUM_WORLDS):
         world = RecordedWorld(seed).run()
         counts += world.counts
-        found = replay(json.loads(json.dumps(world.scheduler.recording(), allow_nan=False)))
+        found = replay(recording_of(world.scheduler))
         assert found.difference is None, f"seed {seed}: {found.difference}"
         counts["steps"] += found.num_steps
-        counts["drafts"] += any(e[0] == "update" and max(e[2]) > 1 for e in world.scheduler.recording()["events"])
+        counts["drafts"] += any(e[0] == "update" and max(e[2]) > 1 for e in recording_of(world.scheduler)["events"])
     assert counts["steps"] > 8 * NUM_WORLDS
     wanted = ("preemption", "prefix hit", "fork shared", "fork copied", "drafts", "abort decoding", "abort in flight")
     assert all(counts[what] for what in wanted), counts
@@ -109,9 +115,9 @@ def test_no_content_is_in_a_recording() -> None:
         params = SamplingParams(max_tokens=9, temperature=0.123, stop_token_ids=[8765], seed=987654)
         engine.add([7654 + number] * 40, params, salt=b"secret")
         engine.step()
-    text = json.dumps(scheduler.recording())
+    text = "".join(scheduler.recording())
     assert not [content for content in ("7654", "7659", "8765", "0.123", "987654", "secret") if content in text]
-    assert scheduler.recording()["keys"]
+    assert json.loads(text)["keys"]
 
 
 def test_a_state_thaws_to_one_that_plans_alike() -> None:
@@ -136,6 +142,21 @@ def test_freezing_takes_copies() -> None:
     for _ in range(3):
         step(scheduler)
     assert encode(frozen, Keys()) == before
+
+
+def test_a_recording_is_of_the_moment_it_was_asked_for() -> None:
+    """And comes in pieces that do not take long, whatever happens between them."""
+    scheduler = RecordingScheduler(limits_of(max_num_batched_tokens=24, num_kv_blocks=30, block_size=4), 3)
+    for number in range(1, 7):
+        scheduler.add(request_of(number, 9 * number, max_tokens=30))
+    for _ in range(8):
+        step(scheduler)
+    expected, written = "".join(scheduler.recording()), []
+    for piece in scheduler.recording():
+        written.append(piece)
+        if scheduler.has_work:
+            step(scheduler)
+    assert len(written) > 50 and "".join(written) == expected
 
 
 def test_what_freezing_does_not_copy_cannot_change_in_place() -> None:
@@ -191,7 +212,7 @@ def damage(value: Any, rng: random.Random) -> None:
 
 
 def test_an_engine_without_requests_has_an_empty_recording() -> None:
-    assert replay(RecordingScheduler(limits_of(), 4).recording()) == (0, None)
+    assert replay(recording_of(RecordingScheduler(limits_of(), 4))) == (0, None)
 
 
 def test_aborts_are_recorded() -> None:
@@ -202,7 +223,7 @@ def test_aborts_are_recorded() -> None:
         engine.step()
         engine.finish(generation, FinishReason.ABORT)
     run(engine)
-    recording = scheduler.recording()
+    recording = recording_of(scheduler)
     assert [event[0] for event in recording["events"]].count("finish") >= 3
     assert replay(recording).difference is None
 
@@ -233,7 +254,7 @@ def test_real_engines_replay_alike(options: dict[str, Any], recorded_steps: int)
         llm.generate([[5, 6, 7, 8] * 10, [6] * 30, [5, 6, 7, 8] * 6], SamplingParams(max_tokens=40, n=2, seed=1))
         scheduler = llm.engine.scheduler
         assert isinstance(scheduler, RecordingScheduler)
-        found = replay(json.loads(json.dumps(scheduler.recording(), allow_nan=False)))
+        found = replay(recording_of(scheduler))
         assert found.difference is None
         assert found.num_steps >= min(recorded_steps, llm.engine.metrics.num_steps)
 
@@ -243,7 +264,7 @@ def test_an_llm_records_unless_told_otherwise() -> None:
         llm.generate([[5] * 40, [6] * 30], SamplingParams(max_tokens=5, ignore_eos=True))
         scheduler = llm.engine.scheduler
         assert isinstance(scheduler, RecordingScheduler)
-        found = replay(scheduler.recording())
+        found = replay(recording_of(scheduler))
         assert found.difference is None and found.num_steps == llm.engine.metrics.num_steps
     with LLM("random:tiny-llama", device="cpu", num_kv_blocks=64, recorded_steps=0) as llm:
         assert type(llm.engine.scheduler) is Scheduler
