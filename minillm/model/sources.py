@@ -28,6 +28,8 @@ DEFAULT_MODEL = "smollm2"
 RANDOM = "random:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
+HUB_IGNORED = ("consolidated*",)
+"""The same weights once more, under other names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(f"no model {name!r} here or on the hub, or it needs a login: {error}") from error
     except (HfHubHTTPError, OSError) as error:

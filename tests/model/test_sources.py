@@ -209,15 +209,15 @@ def test_paths_without_a_model_say_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_hub_ids_take_data_and_no_code(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, list[str], list[str]]] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, ignore_patterns))
         return str(llama_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert resolve("owner/model").path == llama_folder
-    assert asked == [("owner/model", ["*.safetensors", "*.json", "*.jinja"])]
+    assert asked == [("owner/model", ["*.safetensors", "*.json", "*.jinja"], ["consolidated*"])]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_download_error() -> None:
