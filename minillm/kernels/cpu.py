@@ -37,6 +37,7 @@ __all__ = [
 
 MAX_GATHERED_BYTES = 1 << 20  # keys and values of the decode rows that are copied together
 MAX_MASK = 1 << 20  # entries of a causal mask: 4 MB in fp32
+MAX_EXCHANGED = 16  # tokens whose heads' halves are exchanged by a copy: half the calls; of many it costs more
 MAX_QUERY_TILE = 128
 MAX_BLOCK_TOKENS = 512  # queries of a tile that a caller may ask for
 MAX_ROW_BYTES = 32 << 20  # keys and values of a row with several queries that are copied together
@@ -63,8 +64,10 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
 class Turns(NamedTuple):
     """How a step's tokens are rotated and where their keys and values go."""
 
-    cos_T1h: Tensor
-    sin_T1h: Tensor
+    cos_T1H: Tensor
+    """Of both halves of a head."""
+    sin_T1H: Tensor
+    """Negative for the first half, which takes from the second: x * cos + (its halves exchanged) * sin."""
     places: tuple[Tensor, Tensor]
     """Block, and slot in it."""
 
@@ -109,7 +112,8 @@ def prepare_step(
 def make_turns(cos_sin_EH: Tensor, positions_T: Tensor, slots_T: Tensor, block_size: int) -> Turns:
     """Rows of the rotary table, and places in the cache."""
     cos_T1h, sin_T1h = cos_sin_EH.index_select(0, positions_T).unsqueeze(1).chunk(2, dim=-1)
-    return Turns(cos_T1h, sin_T1h, (slots_T // block_size, slots_T % block_size))
+    cos_T1H, sin_T1H = torch.cat((cos_T1h, cos_T1h), dim=-1), torch.cat((-sin_T1h, sin_T1h), dim=-1)
+    return Turns(cos_T1H, sin_T1H, (slots_T // block_size, slots_T % block_size))
 
 
 def make_runs(
@@ -155,11 +159,18 @@ def rotary_and_store(
         q_TNH = torch.rms_norm(q_TNH, q_norm_H.shape, q_norm_H, eps)
         in_TXH = torch.cat((q_TNH, torch.rms_norm(k_TKH, k_norm_H.shape, k_norm_H, eps), v_TKH), dim=1)
     in_TXH = in_TXH.to(cos_sin_EH.dtype)
-    low_TXh, high_TXh = in_TXH[:, :num_rotated].chunk(2, dim=-1)
-    out_TXH = torch.empty_like(in_TXH)
-    torch.mul(low_TXh, turns.cos_T1h, out=out_TXH[:, :num_rotated, :half]).addcmul_(high_TXh, turns.sin_T1h, value=-1.0)
-    torch.mul(high_TXh, turns.cos_T1h, out=out_TXH[:, :num_rotated, half:]).addcmul_(low_TXh, turns.sin_T1h)
-    out_TXH[:, num_rotated:] = in_TXH[:, num_rotated:]
+    if num_tokens <= MAX_EXCHANGED:
+        out_TXH = in_TXH.clone()
+        turned_TXH = out_TXH[:, :num_rotated]
+        exchanged_TXH = turned_TXH.roll(half, dims=-1)
+        turned_TXH.mul_(turns.cos_T1H).addcmul_(exchanged_TXH, turns.sin_T1H)
+    else:
+        out_TXH = torch.empty_like(in_TXH)
+        low_TXh, high_TXh = in_TXH[:, :num_rotated].chunk(2, dim=-1)
+        cos_T1h, sin_T1h = turns.cos_T1H[..., half:], turns.sin_T1H[..., half:]
+        torch.mul(low_TXh, cos_T1h, out=out_TXH[:, :num_rotated, :half]).addcmul_(high_TXh, sin_T1h, value=-1.0)
+        torch.mul(high_TXh, cos_T1h, out=out_TXH[:, :num_rotated, half:]).addcmul_(low_TXh, sin_T1h)
+        out_TXH[:, num_rotated:] = in_TXH[:, num_rotated:]
     out_TXH = out_TXH.to(qkv_TC.dtype)
     # [keys or values, block, kv head, slot, head size] seen as [block, slot, keys or values, kv head, head size]
     kv_T2KH = out_TXH[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_size)
