@@ -23,8 +23,8 @@ from rich.table import Table
 from minillm.config import EngineConfig
 from minillm.core.plan import RowParams, StepPlan, StepResult
 from minillm.core.request import Request
-from minillm.core.scheduler import Scheduler, SchedulerLimits
-from minillm.engine.recorder import RecordingScheduler
+from minillm.core.scheduler import SchedulerLimits
+from minillm.engine.recorder import make_scheduler
 
 __all__ = ["run"]
 
@@ -72,7 +72,7 @@ class Mix:
             block_size=BLOCK_SIZE,
             max_chunk_size=CHUNK_SIZE,
         )
-        self.scheduler = RecordingScheduler(limits, recorded_steps) if recorded_steps else Scheduler(limits)
+        self.scheduler = make_scheduler(limits, recorded_steps)
         self.num_added = 0
         self.in_flight: list[StepPlan] = []
         self.num_in_flight = num_in_flight

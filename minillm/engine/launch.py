@@ -12,7 +12,7 @@ from minillm.decoding.ngram_drafter import NgramDrafter
 from minillm.decoding.speculator import Speculator
 from minillm.engine.driver import EngineDriver
 from minillm.engine.engine import Engine
-from minillm.engine.recorder import RecordingScheduler
+from minillm.engine.recorder import make_scheduler
 from minillm.errors import ConfigError
 from minillm.model.sources import DEFAULT_MODEL, load_config, load_weights, resolve
 from minillm.runtime.runner import Runner
@@ -99,8 +99,7 @@ def start_parts(model_name: str, config: EngineConfig) -> Parts:
         min_chunk_size=config.min_chunk_size,
         max_chunk_size=config.max_chunk_size,
     )
-    num_steps = config.recorded_steps
-    scheduler = RecordingScheduler(limits, num_steps) if num_steps else Scheduler(limits)
+    scheduler = make_scheduler(limits, config.recorded_steps)
     return Parts(model_config=model_config, tokenizer=tokenizer, started=started, scheduler=scheduler)
 
 

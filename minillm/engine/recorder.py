@@ -18,7 +18,7 @@ from minillm.core.scheduler import Scheduler
 from minillm.engine.snapshot import STOP_TOKEN, First, Keys, encode, freeze, texts
 from minillm.types import FinishReason
 
-__all__ = ["FORMAT", "RecordingScheduler", "plan_columns"]
+__all__ = ["FORMAT", "RecordingScheduler", "make_scheduler", "plan_columns"]
 
 FORMAT = "minillm-recording-1"
 
@@ -98,6 +98,11 @@ class RecordingScheduler(Scheduler):
         It is written piece by piece as the pieces are taken; meanwhile the scheduler may go on.
         """
         return self._recording.texts()
+
+
+def make_scheduler(limits: SchedulerLimits, recorded_steps: int) -> Scheduler:
+    """One that records its last steps, or with 0 of them none."""
+    return RecordingScheduler(limits, recorded_steps) if recorded_steps else Scheduler(limits)
 
 
 class Recording:

@@ -11,7 +11,6 @@ from minillm.engine.timeline import StepRecord, Timeline
 __all__ = ["trace"]
 
 STEPS, ROWS = 1, 2
-DECODE = "decode"
 
 
 def trace(timeline: Timeline) -> Iterator[str]:
@@ -75,23 +74,25 @@ def counters(record: StepRecord, num_blocks: int) -> list[dict[str, Any]]:
 
 
 def row_events(records: Sequence[StepRecord]) -> Iterator[list[dict[str, Any]]]:
-    """What each row did: a slice per chunk, one per run of decode steps; by steps, those that ended before it."""
-    runs: dict[int, dict[str, Any]] = {}  # by row: the slice that may grow
+    """What each row did: a slice per chunk and one per run of decode steps; by steps, chunks and runs that ended."""
+    runs: dict[int, dict[str, Any]] = {}  # by row: the decode slice that may grow
     for record in records:
         plan, start, dur = record.plan, 1e6 * record.started, 1e6 * record.seconds
-        ended = runs
-        runs = {}
+        ended, runs, chunks = runs, {}, []
         for i, (number, row, count) in enumerate(zip(plan.requests, plan.rows, plan.counts, strict=True)):
             is_decode = i < record.num_decodes
             run = ended.get(row)
-            if is_decode and run is not None and run["args"]["request"] == number and run["name"].startswith(DECODE):
+            if is_decode and run is not None and run["args"]["request"] == number:
                 run["dur"] = start + dur - run["ts"]
                 run["args"]["steps"] += 1
-                del ended[row]
+                runs[row] = ended.pop(row)
+                continue
+            name = f"{'decode' if is_decode else count} · request {number}"
+            run = {"ph": "X", "name": name, "pid": ROWS, "tid": row, "ts": start, "dur": dur}
+            run["args"] = {"request": number, "steps": 1}
+            if is_decode:
+                runs[row] = run
             else:
-                name = f"{DECODE if is_decode else count} · request {number}"
-                run = {"ph": "X", "name": name, "pid": ROWS, "tid": row, "ts": start, "dur": dur}
-                run["args"] = {"request": number, "steps": 1}
-            runs[row] = run
-        yield list(ended.values())
+                chunks.append(run)
+        yield [*ended.values(), *chunks]
     yield list(runs.values())

@@ -52,7 +52,8 @@ class MemoryBudget:
     """Bytes of the share that others hold; below 0 for what the engine holds outside of `memory`."""
     weights: int
     activations: int
-    """Most that one step of `step_tokens` needs beside weights and cache, block tables included."""
+    """Most that one step of `step_tokens` needs beside weights and cache, block tables included; with CUDA graphs what
+    their pool holds as well."""
     bytes_per_token: int
     """Cache of one token, all layers."""
     block_size: int
