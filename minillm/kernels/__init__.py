@@ -11,7 +11,8 @@ it launches before the first step.
 
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
 R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,
-O output features, E entries of a rotary table = positions, K edited rows, D drafts, W = V / 32 words of a mask.
+O output features, E entries of a rotary table = positions, and of edits K edited rows,
+N positions, P words of a profile, M masks, W = V / 32 words of one.
 
     expand_step_inputs(columns_5R, tokens, *, block_tables_SM, last_tokens_S, block_size, num_tokens) -> StepInputs
         a step's columns, one value a row, as what the model reads, one value a token.
@@ -37,8 +38,12 @@ O output features, E entries of a rotary table = positions, K edited rows, D dra
                  context_lens_R, num_decodes, max_context_len) -> prepared
         only where a set has it: what all layers of a step share. Its `rotary_and_store` and `attention` then take
         `prepared`, which must come from the same arguments.
-    edit_scores(scores_KV, *, seats_K, counts_SV, drafts_KD, penalties_K3, mask_KW) -> None
-        penalties for tokens seen before, and a mask of what is allowed, on fp32 logits in place.
+    note_inputs(columns_7K, *, last_tokens_S, history_SN, counts_SV) -> None
+        keep and count the input tokens of rows whose logits are edited; before `keep_tokens` replaces the last ones.
+    edit_logits(logits_LV, columns_7K, *, profiles_SP, profile, counts_SV, history_SN, masks_MW) -> scores_KV (fp32)
+        biases, bans, penalties and masks; `edits_reference` has the layout of columns and profiles.
+    keep_edited(tokens_K, is_finite_K, columns_7K, *, samples_L, last_tokens_S) -> None
+        what was sampled from them, in place of the rows' samples and of their seats' last tokens.
     max_fused_rows(*, hidden_size, inner_sizes, head_size, dtype, device) -> int
         only where a set has it: most rows of a step that the four below take, 0 for none. Each row has one token, row r
         token r. They give what the functions above give one after the other, rounded less often.

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels.cpu_linear import PackedWeight, linear, pack_linear
-from minillm.kernels.sampling_reference import edit_scores, gumbel_noise, keep_mask, keep_tokens
+from minillm.kernels.edits_reference import edit_logits, keep_edited, note_inputs
+from minillm.kernels.sampling_reference import gumbel_noise, keep_mask, keep_tokens
 from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "default_dtype",
-    "edit_scores",
+    "edit_logits",
     "expand_step_inputs",
+    "keep_edited",
     "keep_tokens",
     "linear",
+    "note_inputs",
     "pack_linear",
     "prepare_step",
     "rms_norm",

@@ -20,7 +20,7 @@ from torch import Tensor
 from minillm.kernels import fused, reference
 from minillm.kernels.attention import paged_attention
 from minillm.kernels.decode_attention import decode_attention
-from minillm.kernels.edits import edit_scores
+from minillm.kernels.edits import edit_logits, keep_edited, note_inputs
 from minillm.kernels.expand_kernel import expand_step_inputs
 from minillm.kernels.fused_decode import fused_decode
 from minillm.kernels.sampling import keep_tokens, sample
@@ -30,16 +30,18 @@ __all__ = [
     "add_linear",
     "add_rms_norm",
     "attention",
-    "edit_scores",
+    "edit_logits",
     "expand_step_inputs",
     "fused_decode",
     "gated_linear",
+    "keep_edited",
     "keep_tokens",
     "linear",
     "linear_parts",
     "max_fused_rows",
     "norm_gated_linear",
     "norm_linear",
+    "note_inputs",
     "rms_norm",
     "rotary_and_store",
     "sample",

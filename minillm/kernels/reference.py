@@ -11,16 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.kernels.sampling_reference import edit_scores, keep_tokens, sample
+from minillm.kernels.edits_reference import edit_logits, keep_edited, note_inputs
+from minillm.kernels.sampling_reference import keep_tokens, sample
 from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
     "add_rms_norm",
     "attention",
-    "edit_scores",
+    "edit_logits",
     "expand_step_inputs",
+    "keep_edited",
     "keep_tokens",
     "linear",
+    "note_inputs",
     "rms_norm",
     "rotary_and_store",
     "sample",

@@ -2,7 +2,7 @@
 
 A token depends on (logits, seed, position) alone: noise is a hash of (seed, position, token id), in integers that come
 out the same on every device. It knows no requests and no batches.
-Shapes: L rows of logits, V vocabulary, K rows that are edited, S seats, D drafts, W = V / 32 words of a mask.
+Shapes: L rows of logits, V vocabulary, S seats.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = [
     "NOT_FINITE",
-    "edit_scores",
     "gumbel_noise",
     "keep_mask",
     "keep_tokens",
@@ -96,28 +95,6 @@ def keep_mask(scores_LV: Tensor, top_k_L: Tensor, top_p_L: Tensor, min_p_L: Tens
     is_likely_LV = probs_LV >= min_p_L[:, None] * probs_LV[:, -1:]
     is_kept_LV = is_in_k_LV & is_in_p_LV & is_likely_LV
     return torch.empty_like(is_kept_LV).scatter_(1, order_LV, is_kept_LV)
-
-
-def edit_scores(
-    scores_KV: Tensor, *, seats_K: Tensor, counts_SV: Tensor, drafts_KD: Tensor, penalties_K3: Tensor, mask_KW: Tensor
-) -> None:
-    """Penalise fp32 logits for tokens seen before, and forbid (-inf) those that a mask leaves out, in place.
-
-    A seat's count of a token: twice its occurrences in the output, plus 1 if the prompt has it. `drafts_KD`: tokens
-    before a row that no count holds yet, -1 for none. Penalties: repetition (Keskar et al. 2019, CTRL, section 4.1;
-    prompt and output), then presence and frequency (OpenAI's; output alone). Bit i of word w allows token 32 w + i.
-    """
-    counts_KV = counts_SV[seats_K]
-    counts_KV.scatter_add_(1, drafts_KD.clamp(min=0).long(), (drafts_KD >= 0).int() * 2)
-    repetition_K1, presence_K1, frequency_K1 = penalties_K3.split(1, dim=1)
-    repeated_KV = torch.where(scores_KV > 0, scores_KV / repetition_K1, scores_KV * repetition_K1)
-    scores_KV.copy_(torch.where(counts_KV > 0, repeated_KV, scores_KV))
-    num_output_KV = counts_KV >> 1
-    scores_KV -= frequency_K1 * num_output_KV
-    scores_KV -= torch.where(num_output_KV > 0, presence_K1, 0.0)
-    bits = torch.arange(32, dtype=torch.int32, device=mask_KW.device)
-    is_allowed_KV = ((mask_KW[:, :, None] >> bits) & 1).flatten(1)[:, : scores_KV.shape[1]] != 0
-    scores_KV.masked_fill_(~is_allowed_KV, float("-inf"))
 
 
 def sample(

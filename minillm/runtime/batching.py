@@ -49,19 +49,12 @@ class EditWords:
     """What edits of logits (`runtime.edits`) need from the host in a step."""
 
     sections: tuple[Ints, ...]
-    """int32 arrays: seats [n], profiles [n P], known seats, positions and tokens [3 T], step columns [5 K], counted
-    seats and positions [2 C]. Step columns: row of logits, seat, position, the row's first sampled position, the
-    token there (-1: the device has it)."""
+    """int32 arrays: seats [n], profiles [n P], known seats, positions and tokens [3 T], step columns [7 K]; the kernels
+    (`edits_reference`) have the layout of profiles and columns."""
     num_prompt: int
     """Known tokens in front that are of prompts."""
     num_rows: int
     """Rows of logits that are edited."""
-    num_drafts: int
-    """Most drafts before a sampled position."""
-    has_biases: bool
-    has_bad_words: bool
-    mask_rows: Ints
-    """Per edited row of logits, which of the step's masks is its own; -1: none."""
     num_masks: int
     """Masks that the step waits for, in the order of the plan's rows and their samples."""
     masks: Ints | None = None

@@ -36,18 +36,41 @@ class Stages(Protocol):
     def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool = False) -> Tensor:
         """Hidden states [T, D] of a padded step, for rows of any length."""
 
-    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [L]. `samples_3L`: rows of `x_TD`, their seats, the sampled tokens' positions."""
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Finished:
+        """Head and sampling. `samples_3L`: rows of `x_TD`, their seats, the sampled tokens' positions."""
 
-    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [K] of padding whose logits are edited: no graph holds these launches."""
+    def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
+        """Sample padding again, as if its logits were edited: no graph holds these launches."""
+
+
+class Finished(NamedTuple):
+    """What head and sampling give."""
+
+    samples_L: Tensor
+    """int32."""
+    logits_LV: Tensor
+    """In the model's dtype."""
 
 
 class FinishGraph(NamedTuple):
-    """A captured kind of sampling, and what it writes."""
+    """A captured kind of sampling, and what it writes; its logits lie where another graph may write others."""
 
     graph: torch.cuda.CUDAGraph
-    samples_L: Tensor
+    finished: Finished
+
+
+class Bytes:
+    """Memory of a GPU, as others may take it up (NumPy's protocol for arrays on CUDA devices)."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def borrowed(x: Tensor) -> Tensor:
+    """The same memory without a claim to it: graphs of one pool may use it as well once `x` itself is gone."""
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.as_tensor(Bytes(x.data_ptr(), num_elements * x.element_size()), device=x.device)
+    return memory.view(x.dtype).as_strided(x.shape, x.stride())
 
 
 def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: bool = False) -> PaddedShapes:
@@ -102,9 +125,9 @@ def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device
     for size in reversed(shapes.decode_sizes):
         samples_3L = torch.zeros(NUM_SAMPLE_COLUMNS, size, dtype=torch.int32, device=device)
         for kind in SAMPLING_KINDS:
-            stages.finish(x_TD, samples_3L, kind)
+            finished = stages.finish(x_TD, samples_3L, kind)
     for kind in SAMPLING_KINDS:
-        stages.finish_edited(samples_3L[1], kind)
+        stages.finish_edited(finished, kind)
     for shape in layer_shapes(shapes):
         stages.run_layers(*padding(*shape, device))
 
@@ -138,16 +161,16 @@ class StepGraphs:
         graph.replay()
         return self._x_TD
 
-    def finish(self, x_TD: Tensor, num_samples: int, kind: tuple[bool, bool]) -> Tensor | None:
+    def finish(self, x_TD: Tensor, num_samples: int, kind: tuple[bool, bool]) -> Finished | None:
         """Replay head and sampling on what `run_layers` gave; None if that was not captured.
 
-        The samples are to be copied before the next replay.
+        Samples and logits are to be read before the next replay.
         """
         captured = self._finish.get((num_samples, kind)) if x_TD is self._x_TD else None
         if captured is None:
             return None
         captured.graph.replay()
-        return captured.samples_L
+        return captured.finished
 
     def _capture_layers(self, stages: Stages, num_rows: int, num_tokens: int, has_drafts: bool) -> torch.cuda.CUDAGraph:
         inputs = padding(num_rows, num_tokens, has_drafts, self._device)
@@ -165,5 +188,7 @@ class StepGraphs:
         stages.finish(self._x_TD, samples_3L, kind)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            samples_L = stages.finish(self._x_TD, samples_3L, kind)
-        return FinishGraph(graph, samples_L)
+            samples_L, logits_LV = stages.finish(self._x_TD, samples_3L, kind)
+        # To keep the logits of every graph would take gigabytes. Kept until here, their memory was no other tensor's in
+        # this graph; the next one captured may have it.
+        return FinishGraph(graph, Finished(samples_L, borrowed(logits_LV)))

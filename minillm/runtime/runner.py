@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from minillm.core.plan import StepPlan, StepResult
+from minillm.kernels.edits_reference import NUM_EDIT_COLUMNS
 from minillm.kernels.sampling_reference import NOT_FINITE
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
 from minillm.runtime.batching import PaddedShapes, StepWords, step_words
-from minillm.runtime.cuda_graphs import StepGraphs
-from minillm.runtime.edits import LogitEdits, StepEdits
+from minillm.runtime.cuda_graphs import Finished, StepGraphs
+from minillm.runtime.edits import LogitEdits
 from minillm.runtime.logprobs import LogprobRows, logprob_columns, score_step
 from minillm.runtime.rows import NUM_PARAM_WORDS, Ints, Rows
 from minillm.runtime.step_buffer import StepBuffer, to_device
@@ -42,10 +43,12 @@ class Pending:
     """A step on its way. `wait` blocks until its own tokens have arrived on the host."""
 
     def __init__(self, plan: StepPlan, words: StepWords, sample: Callable[[], Arrive]) -> None:
-        """`sample` enqueues what follows the pass."""
-        self._plan, self._words, self._sample = plan, words, sample
+        """`sample` enqueues what follows the samples of plain rows."""
+        self._plan, self._words = plan, words
         edits = words.edits
-        self._arrive = None if edits is not None and edits.num_masks else sample()
+        waits = edits is not None and edits.num_masks > 0
+        self._sample = sample if waits else None
+        self._arrive = None if waits else sample()
 
     def mask(self, bits: Ints) -> None:
         """Say which tokens may be sampled: for a step in which rows with a grammar sample, whose pass runs already.
@@ -54,9 +57,9 @@ class Pending:
         32 w + i.
         """
         edits = self._words.edits
-        assert self._arrive is None and edits is not None and len(bits) == edits.num_masks
+        assert self._sample is not None and edits is not None and len(bits) == edits.num_masks
         edits.masks = bits
-        self._arrive = self._sample()
+        self._arrive, self._sample = self._sample(), None  # which holds the step's logits
 
     def wait(self) -> StepResult:
         """The step's result, in the order of the plan's rows; raises what the step raised."""
@@ -66,11 +69,14 @@ class Pending:
 
 
 class Passed(NamedTuple):
-    """A step between the layers and the head."""
+    """A step whose rows are sampled as if none were edited."""
 
     x_TD: Tensor
-    samples_3L: Tensor
-    edits: StepEdits | None
+    finished: Finished
+    columns_7K: Tensor | None
+    """Edited rows (`kernels.edits_reference`)."""
+    scored: tuple[Tensor, Tensor] | None
+    """Rows, and tokens of prompts, whose logprobs are to be reported."""
 
 
 class Runner:
@@ -140,44 +146,44 @@ class Runner:
         bounds = Bounds(num_tokens, num_rows, has_drafts, max_query_len, self.rows.max_blocks * self.block_size)
         return self._run_layers(bounds, columns_5R, tokens_T)
 
-    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [L] int32, NOT_FINITE where a row failed; the device keeps the last tokens.
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Finished:
+        """Samples (NOT_FINITE where a row failed) and the logits behind them; the device keeps the last tokens.
 
         `samples_3L`: rows of `x_TD`, their seats, the sampled tokens' positions. `kind`: (is_random, is_filtered).
         """
         rows_L, seats_L, positions_L = samples_3L.unbind()
-        tokens_L, is_finite_L = self._sample(self._logits(x_TD, rows_L), seats_L, positions_L, kind)
-        return self._kept(tokens_L, is_finite_L, seats_L)
+        logits_LV = self._logits(x_TD, rows_L)
+        tokens_L, is_finite_L = self._sample(logits_LV, seats_L, positions_L, kind)
+        # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
+        samples_L = self.ops.keep_tokens(tokens_L, is_finite_L, seats_L=seats_L, last_tokens_S=self.rows.last_tokens_S)
+        return Finished(samples_L, logits_LV)
 
-    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        """Samples [K] of edited rows that are padding: what their steps launch beside `finish`."""
-        scores_KV = self._edits.padding_scores(self.ops, len(seats_K))
-        tokens_K, _ = self._sample(scores_KV, seats_K, seats_K, kind)
-        return tokens_K
+    def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
+        """Sample padding again, with edits that change nothing: what steps with edited rows launch beside `finish`."""
+        columns_7K = torch.zeros(NUM_EDIT_COLUMNS, len(finished.samples_L), dtype=torch.int32, device=self.device)
+        columns_7K[2:4] = 1
+        edits = self._edits.padding()
+        edits.note(self.ops, columns_7K, self.rows.last_tokens_S)
+        self._sample_edited(edits, finished, columns_7K, None, kind)
 
-    def _finish_special(self, words: StepWords, passed: Passed) -> Tensor:
-        """Samples [L], then words of logprobs, for a step in which a row has edited logits or asks for logprobs.
-
-        Rows with edited logits are sampled again, from what these became.
-        """
-        x_TD, samples_3L, edits = passed
-        rows_L, seats_L, positions_L = samples_3L.unbind()
-        kind = (words.is_random, words.is_filtered)
-        samples_L, logits_LV = rows_L, x_TD[:0]
-        if words.num_samples:
-            logits_LV = self._logits(x_TD, rows_L)
-            tokens_L, is_finite_L = self._sample(logits_LV, seats_L, positions_L, kind)
-            if edits is not None and edits.words.num_rows:
-                edited_K, seats_K, positions_K, *_ = edits.columns
-                scores_KV = self._edits.scores(self.ops, logits_LV, self.rows.last_tokens_S, edits)
-                tokens_L[edited_K], is_finite_L[edited_K] = self._sample(scores_KV, seats_K, positions_K + 1, kind)
-            samples_L = self._kept(tokens_L, is_finite_L, seats_L)
-        if words.scores is None:
-            return samples_L
-        rows_M, targets = to_device((words.scores.rows, words.scores.targets), self.device)
-        sampled = (logits_LV, samples_L)
-        packed = score_step(words.scores, rows_M, targets, partial(self._logits, x_TD), sampled)
-        return torch.cat([samples_L, packed])
+    def _sample_edited(
+        self,
+        edits: LogitEdits,
+        finished: Finished,
+        columns_7K: Tensor,
+        masks_MW: Tensor | None,
+        kind: tuple[bool, bool],
+    ) -> None:
+        """Sample edited rows again, from what their logits become, in place of their samples and last tokens."""
+        scores_KV = edits.scores(self.ops, finished.logits_LV, columns_7K, masks_MW)
+        tokens_K, is_finite_K = self._sample(scores_KV, columns_7K[1], columns_7K[2], kind)
+        self.ops.keep_edited(
+            tokens_K,
+            is_finite_K,
+            columns_7K,
+            samples_L=finished.samples_L,
+            last_tokens_S=self.rows.last_tokens_S,
+        )
 
     def _logits(self, x_TD: Tensor, rows_L: Tensor) -> Tensor:
         logits_LV: Tensor = self.model.logits(x_TD.index_select(0, rows_L))
@@ -201,14 +207,6 @@ class Runner:
             is_filtered=kind[1],
         )
         return tokens_L, is_finite_L
-
-    def _kept(self, tokens_L: Tensor, is_finite_L: Tensor, seats_L: Tensor) -> Tensor:
-        """The samples, once the rows' last tokens are noted."""
-        # A row with drafts stores several samples; it is closed, so nothing reads its last token from the device.
-        samples_L: Tensor = self.ops.keep_tokens(
-            tokens_L, is_finite_L, seats_L=seats_L, last_tokens_S=self.rows.last_tokens_S
-        )
-        return samples_L
 
     def _run_until(self, arrival: Arrival) -> tuple[Ints, float]:
         while not arrival.done():
@@ -246,37 +244,62 @@ class Runner:
 
     @torch.inference_mode()
     def _pass(self, words: StepWords) -> Passed:
-        """Apply the deltas and run the layers."""
+        """Apply the deltas, run the layers, and sample all rows as if none were edited."""
         samples_3L, columns_5R, tokens_T = self._buffer.send(words)
-        if any(section.size for section in words.deltas):
-            places, blocks, seated, params, copy_from, copy_to = to_device(words.deltas, self.device)
-            self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
-            if copy_from.numel():
-                self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
-        edits = None
-        if words.edits is not None:
-            edits = StepEdits(words.edits, to_device(words.edits.sections, self.device))
-            self._edits.seat(edits)
+        columns_7K, scored = self._apply(words)
         shape = (columns_5R.shape[1], len(tokens_T), words.has_drafts)
         x_TD = None if self._graphs is None else self._graphs.run_layers(*shape)
         if x_TD is None:
             x_TD = self._run_layers(self._bounds(words), columns_5R, tokens_T)
-        return Passed(x_TD, samples_3L, edits)
+        return Passed(x_TD, self._finished(words, x_TD, samples_3L), columns_7K, scored)
+
+    def _finished(self, words: StepWords, x_TD: Tensor, samples_3L: Tensor) -> Finished:
+        if not words.num_samples:
+            return Finished(samples_3L[0], x_TD[:0])
+        kind = (words.is_random, words.is_filtered)
+        finished = None if self._graphs is None else self._graphs.finish(x_TD, words.num_samples, kind)
+        return self.finish(x_TD, samples_3L, kind) if finished is None else finished
+
+    def _apply(self, words: StepWords) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Apply the deltas, and note edited rows' inputs while these are the last tokens; the ends of `Passed`."""
+        edits, scores = words.edits, words.scores
+        sections = (
+            *words.deltas,
+            *(() if edits is None else edits.sections),
+            *(() if scores is None else (scores.rows, scores.targets)),
+        )
+        if not any(section.size for section in sections):
+            return None, None
+        sent = to_device(sections, self.device)
+        places, blocks, seated, params, copy_from, copy_to = sent[:6]
+        self.rows.scatter(places, blocks, seated, params.view(-1, NUM_PARAM_WORDS))
+        if copy_from.numel():
+            self.kv_cache[:, :, copy_to] = self.kv_cache[:, :, copy_from]
+        columns_7K = None
+        if edits is not None:
+            seats, profiles, known, columns = sent[6:10]
+            if seats.numel():
+                self._edits.seat(seats, profiles, known, edits.num_prompt)
+            if columns.numel():
+                columns_7K = columns.view(NUM_EDIT_COLUMNS, -1)
+                self._edits.note(self.ops, columns_7K, self.rows.last_tokens_S)
+        return columns_7K, None if scores is None else (sent[-2], sent[-1])
 
     @torch.inference_mode()
     def _sampled(self, words: StepWords, passed: Passed) -> Tensor:
         """Samples [L] int32 on the device, and words of logprobs behind them."""
-        x_TD, samples_3L, edits = passed
-        if edits is not None and edits.words.masks is not None:
-            mask_rows_K, masks = to_device((edits.words.mask_rows, edits.words.masks), self.device)
-            edits = edits._replace(mask_rows_K=mask_rows_K, masks_MW=masks.view(edits.words.num_masks, -1))
-        if words.scores is not None or (edits is not None and edits.words.num_rows):
-            return self._finish_special(words, passed._replace(edits=edits))
-        if not words.num_samples:
-            return samples_3L[0]
-        kind = (words.is_random, words.is_filtered)
-        samples_L = None if self._graphs is None else self._graphs.finish(x_TD, words.num_samples, kind)
-        return self.finish(x_TD, samples_3L, kind) if samples_L is None else samples_L
+        samples_L, logits_LV = passed.finished
+        if passed.columns_7K is not None:
+            assert words.edits is not None
+            masks_MW = None
+            if words.edits.masks is not None:
+                masks_MW = to_device((words.edits.masks,), self.device)[0].view(words.edits.num_masks, -1)
+            kind = (words.is_random, words.is_filtered)
+            self._sample_edited(self._edits, passed.finished, passed.columns_7K, masks_MW, kind)
+        if words.scores is None or passed.scored is None:
+            return samples_L
+        packed = score_step(words.scores, *passed.scored, partial(self._logits, passed.x_TD), (logits_LV, samples_L))
+        return torch.cat([samples_L, packed])
 
     def _bounds(self, words: StepWords) -> StepWords | Bounds:
         if self.device.type != "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm import LLM, SamplingParams
 from minillm.runtime.batching import PaddedShapes
-from minillm.runtime.cuda_graphs import SAMPLING_KINDS, StepGraphs, padded_shapes, run_each_shape
+from minillm.runtime.cuda_graphs import SAMPLING_KINDS, Finished, StepGraphs, padded_shapes, run_each_shape
 from minillm.runtime.step_buffer import StepBuffer
 
 
@@ -27,14 +27,13 @@ class Notes:
         self.layers.append((columns_5R.shape[1], tokens_T.shape[0], has_drafts))
         return torch.zeros(tokens_T.shape[0], 1)
 
-    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Finished:
         assert samples_3L[0].max() < x_TD.shape[0]
         self.finished.append((samples_3L.shape[1], kind))
-        return samples_3L[0]
+        return Finished(samples_3L[0], x_TD)
 
-    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
+    def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
         self.edited.append(kind)
-        return seats_K
 
 
 @pytest.mark.parametrize("is_drafting", [False, True])
@@ -102,8 +101,9 @@ class Products:
             x_TD = x_TD @ self.weights[0] @ self.weights[1]
         return x_TD
 
-    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        return x_TD[samples_3L[0]].argmax(1)
+    def finish(self, x_TD: Tensor, samples_3L: Tensor, kind: tuple[bool, bool]) -> Finished:
+        logits_LV = x_TD[samples_3L[0]]
+        return Finished(logits_LV.argmax(1), logits_LV)
 
     def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
         return seats_K
