@@ -146,26 +146,34 @@ class LogitEdits:
         if not at_E.size:
             return np.zeros((NUM_EDIT_COLUMNS, 0), np.int32), 0
         entries_E, seats_E, num_E = order[at_E], rows_R[at_E], num_R[at_E]
-        firsts_E = (column(plan.starts)[entries_E] + column(plan.counts)[entries_E]) - num_E + 1
-        logits_E = np.cumsum(num_R)[at_E] - num_E
-        counted_E = self.num_counted_S[seats_E]
+        firsts_E = column(plan.starts)[entries_E] + column(plan.counts)[entries_E] - num_E + 1
+        columns = np.empty((NUM_EDIT_COLUMNS, len(at_E)), np.int32)
+        columns[0] = np.cumsum(num_R)[at_E] - num_E
+        columns[1] = seats_E
+        columns[2:4] = firsts_E
+        columns[4] = NO_TOKEN
+        columns[5] = counted_E = self.num_counted_S[seats_E]
+        columns[6] = NO_TOKEN
         self.num_counted_S[seats_E] = np.maximum(counted_E, firsts_E)
-        # Tokens end where those of the row do; -1, for a token that the device has, is the last of all.
-        given = column(plan.num_tokens)
-        tokens = np.append(column(plan.tokens), NO_TOKEN)
-        has_tokens_E = given[entries_E] > 0
-        tokens_E = np.where(has_tokens_E, np.cumsum(given)[entries_E] - num_E, len(tokens) - 1)
-        masks_E, num_masks = np.full(len(at_E), NO_TOKEN), 0
+        num_masks = 0
         has_grammar_E = self.has_grammar_S[seats_E]
         if has_grammar_E.any():
             ends = np.cumsum(num_samples * self.has_grammar_S[rows])
-            masks_E, num_masks = np.where(has_grammar_E, ends[entries_E] - num_E, NO_TOKEN), int(ends[-1])
-        owners, within = places_of(num_E)
-        columns = np.stack([logits_E, seats_E, firsts_E, firsts_E, tokens_E, counted_E, masks_E])[:, owners]
-        columns[[0, 2, 4]] += within
-        columns[4] = tokens[columns[4]]
-        columns[6] += within * has_grammar_E[owners]
-        return columns.astype(np.int32), num_masks
+            columns[6] = np.where(has_grammar_E, ends[entries_E] - num_E, NO_TOKEN)
+            num_masks = int(ends[-1])
+        owners: Ints | slice = slice(None)
+        within: Ints | int = 0
+        if len(at_E) < num_E.sum():  # drafts
+            owners, within = places_of(num_E)
+            columns = columns[:, owners]
+            columns[[0, 2]] += within
+            columns[6] += within * has_grammar_E[owners]
+        if plan.tokens:
+            given = column(plan.num_tokens)
+            has_tokens = (given[entries_E] > 0)[owners]
+            places = (np.cumsum(given)[entries_E] - num_E)[owners] + within
+            columns[4, has_tokens] = column(plan.tokens)[places[has_tokens]]
+        return columns, num_masks
 
     def _profile_words(self, edits: RowEdits) -> Ints:
         """A seat's parameters as words."""

@@ -2,16 +2,16 @@
 
 The device packs each scored token into 32-bit words that follow the step's samples to the host:
 
-    | logprob (fp32 bits) | rank | likeliest tokens k | their logprobs k |     k: the most that a row of the step asks
+    | logprobs, fp32 bits: own, likeliest k | likelier tokens | likeliest k |    k: most that a row of the step asks
 
-Shapes: L rows of logits, V vocabulary, M scored tokens, X words of one.
+Shapes: R rows of the batch, E of them whose samples are scored, L rows of logits, V vocabulary, M scored tokens, X
+words of one, Y = 1 + k of them logprobs.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from minillm.core.plan import Logprobs, StepPlan
 from minillm.runtime.batching import ScoreWords, column, places_of, trailing
 from minillm.runtime.rows import Ints
 
+NOTHING = np.zeros(0, np.int32)
 MAX_SCORED_ROWS = 64
 """Rows of logits in fp32 at once: a prompt's would fill the memory."""
 
@@ -46,53 +47,48 @@ class LogprobRows:
                 self._tokens[seat.row] = column(seat.tokens)
         if self.num_top_S.max() < 0 and self.num_prompt_top_S.max() < 0:
             return None
-        rows = column(plan.rows)[order]
-        num_samples = column(plan.num_samples)[order]
-        num_sampled = np.where(self.num_top_S[rows] >= 0, num_samples, 0)
-        is_prompt = (column(plan.num_logits)[order] > num_samples) & (self.num_prompt_top_S[rows] >= 0)
-        if not num_sampled.any() and not is_prompt.any():
+        rows_R, num_R = column(plan.rows)[order], column(plan.num_samples)[order]
+        num_top_R = self.num_top_S[rows_R]
+        at_E = np.flatnonzero((num_top_R >= 0) & (num_R > 0))
+        num_E, entries_E, num_top_E = num_R[at_E], order[at_E], num_top_R[at_E]
+        firsts_E = np.cumsum(num_R)[at_E] - num_E
+        positions_E = column(plan.starts)[entries_E] + column(plan.counts)[entries_E] - num_E + 1
+        owners, places = places_of(num_E)
+        columns = np.stack([firsts_E, entries_E, positions_E, num_top_E])[:, owners]
+        columns[[0, 2]] += places
+        targets = NOTHING
+        if self.num_prompt_top_S.max() >= 0:
+            is_prompt = (column(plan.num_logits)[order] > num_R) & (self.num_prompt_top_S[rows_R] >= 0)
+            ends = np.cumsum(column(plan.counts)[order])
+            for row in np.flatnonzero(is_prompt):
+                part, own = self._prompt_part(plan, int(order[row]), int(ends[row]))
+                columns, targets = np.concatenate([columns, part], axis=1), np.concatenate([targets, own])
+        if not columns.size:
             return None
-        owners, places = places_of(num_sampled)
-        starts = (column(plan.starts) + column(plan.counts))[order] - num_samples
-        firsts = np.cumsum(num_samples) - num_samples
-        parts: list[tuple[Any, ...]] = [
-            (
-                firsts[owners] + places,
-                np.zeros(0),
-                order[owners],
-                starts[owners] + places + 1,
-                self.num_top_S[rows][owners],
-            )
-        ]
-        ends = np.cumsum(column(plan.counts)[order])
-        for row in np.flatnonzero(is_prompt):
-            parts.append(self._prompt_part(plan, int(order[row]), int(ends[row])))
-        flat = [np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)]
+        scored, entries, positions, num_top = columns.astype(np.int32)
         return ScoreWords(
-            rows=flat[0], targets=flat[1], entries=flat[2], positions=flat[3], places=places, num_top=flat[4]
+            rows=scored, targets=targets, entries=entries, positions=positions, places=places, num_top=num_top
         )
 
-    def _prompt_part(self, plan: StepPlan, entry: int, end: int) -> tuple[Any, ...]:
-        """A planned row's rows of tokens, targets, entries, positions, likeliest; its tokens end before `end`."""
+    def _prompt_part(self, plan: StepPlan, entry: int, end: int) -> tuple[Ints, Ints]:
+        """A planned row's rows of tokens, entry, positions, likeliest [4, n], and targets; its tokens end at `end`."""
         seat, start, count = plan.rows[entry], plan.starts[entry], plan.counts[entry]
         tokens = self._tokens[seat]
         num = min(start + count, len(tokens) - 1) - start  # the last token has none after it yet
         rows = trailing(np.array([end]), np.array([count]))[:num]
         positions = np.arange(start + 1, start + num + 1)
         likeliest = np.full(num, self.num_prompt_top_S[seat])
-        return rows, tokens[positions], np.full(num, entry), positions, likeliest
+        return np.stack([rows, np.full(num, entry), positions, likeliest]), tokens[positions]
 
 
 def scored(logits_LV: Tensor, tokens_L: Tensor, num_top: int) -> Tensor:
     """Words [L, X] int32 of tokens and the `num_top` likeliest ones."""
     logits_LV = logits_LV.float()
-    num_top = min(num_top, logits_LV.shape[1])
-    total_L1 = logits_LV.logsumexp(-1, keepdim=True)
-    own_L1 = logits_LV.gather(1, tokens_L.clamp(min=0).long()[:, None])
-    ranks_L1 = (logits_LV > own_L1).sum(-1, keepdim=True) + 1
-    top = logits_LV.topk(num_top)
-    floats = [(own_L1 - total_L1).view(torch.int32), (top.values - total_L1).view(torch.int32)]
-    return torch.cat([floats[0], ranks_L1.int(), top.indices.int(), floats[1]], dim=1)
+    tokens_L1 = tokens_L.clamp(min=0).long()[:, None]
+    top_Lk = logits_LV.topk(min(num_top, logits_LV.shape[1])).indices
+    num_likelier_L1 = (logits_LV > logits_LV.gather(1, tokens_L1)).sum(-1, keepdim=True, dtype=torch.int32)
+    logprobs_LY = logits_LV.log_softmax(-1).gather(1, torch.cat([tokens_L1, top_Lk], dim=1))
+    return torch.cat([logprobs_LY.view(torch.int32), num_likelier_L1, top_Lk.int()], dim=1)
 
 
 def score_step(
@@ -102,7 +98,7 @@ def score_step(
     logits: Callable[[Tensor], Tensor],
     sampled: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Words of all scored tokens of a step, flat int32. `sampled`: logits [L, V] and samples [L].
+    """A step's samples, then words of all its scored tokens, flat int32. `sampled`: logits [L, V] and samples [L].
 
     `logits`: those of tokens of the batch, for prompts.
     """
@@ -111,11 +107,11 @@ def score_step(
     parts = []
     for at in range(0, num_sampled, MAX_SCORED_ROWS):
         rows = rows_M[at : min(at + MAX_SCORED_ROWS, num_sampled)]
-        parts.append(scored(logits_LV[rows], samples_L[rows], num_top).flatten())
+        parts.append(scored(logits_LV.index_select(0, rows), samples_L.index_select(0, rows), num_top).flatten())
     for at in range(0, len(targets), MAX_SCORED_ROWS):
         rows = rows_M[num_sampled + at : num_sampled + at + MAX_SCORED_ROWS]
         parts.append(scored(logits(rows), targets[at : at + MAX_SCORED_ROWS], num_top).flatten())
-    return torch.cat(parts)
+    return torch.cat([samples_L, *parts])
 
 
 def logprob_columns(
@@ -141,10 +137,10 @@ def logprob_columns(
         positions=ints_of(words.positions[is_kept]),
         tokens=ints_of(own[is_kept]),
         logprobs=floats_of(packed_MX[:, 0]),
-        ranks=ints_of(packed_MX[:, 1]),
+        ranks=ints_of(packed_MX[:, 1 + width] + 1),
         offsets=ints_of(np.concatenate([[0], np.cumsum(num_top)])),
-        top_tokens=ints_of(packed_MX[:, 2 : 2 + width][is_top]),
-        top_logprobs=floats_of(packed_MX[:, 2 + width :][is_top]),
+        top_tokens=ints_of(packed_MX[:, 2 + width :][is_top]),
+        top_logprobs=floats_of(packed_MX[:, 1 : 1 + width][is_top]),
     )
 
 

@@ -298,8 +298,8 @@ class Runner:
             self._sample_edited(self._edits, passed.finished, passed.columns_7K, masks_MW, kind)
         if words.scores is None or passed.scored is None:
             return samples_L
-        packed = score_step(words.scores, *passed.scored, partial(self._logits, passed.x_TD), (logits_LV, samples_L))
-        return torch.cat([samples_L, packed])
+        logits = partial(self._logits, passed.x_TD)
+        return score_step(words.scores, *passed.scored, logits, (logits_LV, samples_L))
 
     def _bounds(self, words: StepWords) -> StepWords | Bounds:
         if self.device.type != "cuda":
