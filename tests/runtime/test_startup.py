@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm import LLM, SamplingParams
 from minillm.runtime.batching import PaddedShapes
-from minillm.runtime.cuda_graphs import SAMPLING_KINDS, Finished, StepGraphs, padded_shapes, run_each_shape
+from minillm.runtime.cuda_graphs import SAMPLING_KINDS, Finished, StepGraphs, borrowed, padded_shapes, run_each_shape
 from minillm.runtime.step_buffer import StepBuffer
 
 
@@ -105,8 +105,8 @@ class Products:
         logits_LV = x_TD[samples_3L[0]]
         return Finished(logits_LV.argmax(1), logits_LV)
 
-    def finish_edited(self, seats_K: Tensor, kind: tuple[bool, bool]) -> Tensor:
-        return seats_K
+    def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
+        """Nothing is edited here."""
 
 
 @pytest.mark.gpu
@@ -131,3 +131,16 @@ def test_graphs_of_two_engines_run_side_by_side() -> None:
                 found.append(x_TD.clone())
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_borrowed_memory_is_the_same_and_is_not_kept(dtype: torch.dtype) -> None:
+    x = torch.arange(4000, device="cuda").to(dtype).view(4, 1000)[:, :999]
+    same = borrowed(x)
+    assert torch.equal(same, x) and (same.dtype, same.stride()) == (dtype, x.stride())
+    x[3, 998] = -1
+    assert same[3, 998] == -1
+    before = torch.cuda.memory_allocated()
+    del x
+    assert torch.cuda.memory_allocated() < before
