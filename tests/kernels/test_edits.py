@@ -128,7 +128,7 @@ def test_formulas_equal_those_of_transformers() -> None:
     torch.testing.assert_close(scores_KV, expected_KV)
 
 
-def test_a_mask_leaves_out_what_its_bits_leave_out() -> None:
+def test_a_mask_leaves_out_what_its_bits_leave_out(device: torch.device) -> None:
     allowed = [0, 31, 32, 63, 69]
     words = [sum(1 << (t % 32) for t in allowed if t // 32 == w) for w in range(3)]
     signed = torch.tensor(words, dtype=torch.int64).to(torch.int32)
@@ -136,8 +136,17 @@ def test_a_mask_leaves_out_what_its_bits_leave_out() -> None:
     def left(given: dict[str, Any], position: int = 9, **more: Any) -> list[int]:
         columns_7K = column_of(position, position)
         columns_7K[6] = 0 if more else -1
-        scores_KV = oracle.edit_logits(torch.zeros(1, 70), columns_7K, **given, **more)
-        return scores_KV[0].isfinite().nonzero().flatten().tolist()
+        found = [
+            kernels.edit_logits(
+                torch.zeros(1, 70, device=there),
+                columns_7K.to(there),
+                profile=given["profile"],
+                **{name: x.to(there) for name, x in (given | more).items() if isinstance(x, Tensor)},
+            )[0].isfinite()
+            for kernels, there in ((oracle, torch.device("cpu")), (edits, device))
+        ]
+        assert torch.equal(found[0], found[1].cpu())
+        return found[0].nonzero().flatten().tolist()
 
     assert left(plain_seat(70, allowed=signed.tolist())) == allowed
     assert left(plain_seat(70), masks_MW=signed[None]) == allowed
@@ -146,16 +155,18 @@ def test_a_mask_leaves_out_what_its_bits_leave_out() -> None:
     assert left(stops, 8) == [token for token in range(70) if token not in allowed]
 
 
-def test_tokens_are_counted_once_they_are_certain() -> None:
+def test_tokens_are_counted_once_they_are_certain(device: torch.device) -> None:
     """A seat's last token and a draft: what came before the draft counts, and the draft only once it has held."""
     given = plain_seat(50)
     history_SN, counts_SV = given["history_SN"], given["counts_SV"]
     history_SN[1, :5] = torch.tensor([4, 5, 6, 6, 7])
     last_tokens_S = torch.tensor([0, 9], dtype=torch.int32)
     columns_7K = torch.cat([column_of(6, 6, counted=3), column_of(7, 6, token=8, counted=3)], dim=1)
-    for kernels in (oracle, edits):
-        history, counts = history_SN.clone(), counts_SV.clone()
-        kernels.note_inputs(columns_7K, last_tokens_S=last_tokens_S, history_SN=history, counts_SV=counts)
+    for kernels, there in ((oracle, torch.device("cpu")), (edits, device)):
+        history, counts = history_SN.clone().to(there), counts_SV.clone().to(there)
+        kernels.note_inputs(
+            columns_7K.to(there), last_tokens_S=last_tokens_S.to(there), history_SN=history, counts_SV=counts
+        )
         assert history[1, :8].tolist() == [4, 5, 6, 6, 7, 9, 8, 0]
         assert {token: count for token, count in enumerate(counts[1].tolist()) if count} == {6: 2, 7: 2, 9: 2}
 
