@@ -10,7 +10,8 @@ for one key head, those that see most keys first. Its warps have four roles and 
     attend  4 warps   the same for the other half of the tile's 128 rows: query row // PADDED_GROUP, head row % ..
 
 Key tiles go from the last to the first. One that a query does not see weighs nothing, so a query's sum depends on its
-position alone. Rings and the two roles of one warp are in `hopper_supply`.
+position alone, and where a step has too few query tiles for the GPU (few queries behind a long context) on how many
+those are: then a row's keys are cut into segments, items of their own, whose partial results are merged. Rings and the two roles of one warp are in `hopper_supply`.
 
 Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
 P block size.
@@ -34,6 +35,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minillm.kernels.attention import LOG2_E, num_multiprocessors
+from minillm.kernels.decode_attention import Parts
+from minillm.kernels.hopper_results import (
+    MAX_SHARES,
+    choose_shares,
+    merge_kernel,
+    rows_layout,
+    scores_layout,
+    store_out,
+    store_part,
+)
 from minillm.kernels.hopper_supply import (
     DEPTH,
     FIRST_POSITION,
@@ -44,6 +55,7 @@ from minillm.kernels.hopper_supply import (
     NUM_KEYS,
     NUM_QUERIES,
     NUM_TILES,
+    SEGMENT,
     TILE_KEYS,
     field,
     leave,
@@ -51,6 +63,7 @@ from minillm.kernels.hopper_supply import (
     make_ring,
     plan_items,
     receive,
+    segment_size,
     shared_layout,
     wait_filled,
 )
@@ -59,18 +72,6 @@ __all__ = ["hopper_attention"]
 
 LOW = gl.constexpr(-1e30)
 """Where the running maximum starts. Finite: minus infinity less itself would be no number."""
-
-
-@triton.constexpr_function
-def scores_layout(columns):
-    """Of a product [64, columns] over four warps; a thread has two neighbours of each eight columns, in two rows."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@triton.constexpr_function
-def rows_layout(head_size):
-    """[rows, head size] over four warps, 16 bytes to a thread."""
-    return gl.BlockedLayout([1, 8], [256 // head_size, head_size // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -139,7 +140,7 @@ def attend_tile(
 
 @gluon.jit
 def attend_items(
-    items, queries, keys, values, out_ptr, scale_log2,
+    items, queries, keys, values, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2, shares,
     GROUP_INDEX: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED_GROUP: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
 ):  # fmt: skip
@@ -148,11 +149,8 @@ def attend_items(
     layout: gl.constexpr = scores_layout(TILE_KEYS)
     out_layout: gl.constexpr = scores_layout(HEAD_SIZE)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    stored: gl.constexpr = rows_layout(HEAD_SIZE)
     FIRST_QUERY: gl.constexpr = GROUP_INDEX * HALF_ROWS // PADDED_GROUP  # of this half
     queries_S = FIRST_QUERY + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, layout)) // PADDED_GROUP
-    out_rows = gl.arange(0, HALF_ROWS, gl.SliceLayout(1, stored))
-    dims = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, stored))
     empty = gl.zeros([HALF_ROWS, TILE_KEYS], gl.float32, layout)
     q_turn = 0
     turn = 0  # of the tile that `scores` belong to
@@ -172,9 +170,12 @@ def attend_items(
         first_position = field(fields, FIRST_POSITION, 4)
         num_keys = field(fields, NUM_KEYS, 4)
         kv_head = field(fields, KV_HEAD, 4)
+        segment = field(fields, SEGMENT, 4)
+        first_tile = gl.maximum(segment, 0) * segment_size(num_keys, shares)
         q = queries[0].index(q_turn % DEPTH * 2 + GROUP_INDEX)
-        num_whole = (first_position + FIRST_QUERY + 1) // TILE_KEYS  # tiles that all queries of this half see all of
-        first_key = (num_tiles - 1) * TILE_KEYS
+        # Tiles that all queries of this half see all of.
+        num_whole = (first_position + FIRST_QUERY + 1) // TILE_KEYS - first_tile
+        first_key = (first_tile + num_tiles - 1) * TILE_KEYS
         last_keys = first_position + queries_S - first_key
         top = gl.full([HALF_ROWS], LOW, gl.float32, gl.SliceLayout(1, layout))
         total = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, layout))
@@ -184,7 +185,7 @@ def attend_items(
             wait_filled(values, turn)
             clear_tail(values, turn, num_keys - first_key, HEAD_SIZE)
         acc = gl.zeros([HALF_ROWS, HEAD_SIZE], gl.float32, out_layout)
-        num_masked = gl.maximum(num_tiles - num_whole, 1)
+        num_masked = gl.minimum(gl.maximum(num_tiles - num_whole, 1), num_tiles)
         for index in range(1, num_masked):
             turn += 1
             last_keys += TILE_KEYS
@@ -213,24 +214,28 @@ def attend_items(
         leave(keys, turn + 1)
         leave(values, turn)
         turn += 1
-        acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, out_layout))[:, None]
-        query = FIRST_QUERY + out_rows // PADDED_GROUP
-        member = out_rows % PADDED_GROUP
-        heads = (first_token + query).to(gl.int64) * NUM_HEADS + kv_head * GROUP + member
-        is_real = (query < num_queries) & (member < GROUP)
-        out = gl.convert_layout(acc.to(dtype), stored)
-        gl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=is_real[:, None])
+        first_head = first_token.to(gl.int64) * NUM_HEADS + kv_head * GROUP
+        if segment < 0:
+            acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, out_layout))[:, None]
+            store_out(
+                out_ptr, acc, first_head, num_queries,
+                FIRST_QUERY, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)  # fmt: skip
+        else:
+            store_part(
+                acc_ptr, top_ptr, total_ptr, acc, top, total, segment, shares, first_head, num_queries,
+                FIRST_QUERY, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)  # fmt: skip
 
 
 # The integer tensors are slices of a packed buffer: their alignment changes from step to step and must not recompile.
 @gluon.jit(
     do_not_specialize=[
-        "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows", "values_line",
+        "rows_ptr", "query_starts_ptr", "context_lens_ptr", "next_ptr", "table_stride", "num_rows", "values_line",
+        "shares",
     ]
 )  # fmt: skip
 def hopper_kernel(
-    q_tokens, kv_lines, out_ptr, block_tables_ptr, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr,
-    scale_log2, table_stride, num_rows, values_line,
+    q_tokens, kv_lines, out_ptr, acc_ptr, top_ptr, total_ptr, num_parts_ptr, block_tables_ptr, rows_ptr,
+    query_starts_ptr, context_lens_ptr, next_ptr, scale_log2, table_stride, num_rows, values_line, shares,
     NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PADDED_GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, MIN_QUERIES: gl.constexpr,
 ):  # fmt: skip
@@ -245,13 +250,13 @@ def hopper_kernel(
     values = make_ring(gl.allocate_shared_memory(dtype, tiles, shared_layout(4)), 2)
     gl.warp_specialize(
         [
-            (attend_items, (items, queries, keys, values, out_ptr, scale_log2,
+            (attend_items, (items, queries, keys, values, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2, shares,
                             0, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)),
-            (attend_items, (items, queries, keys, values, out_ptr, scale_log2,
+            (attend_items, (items, queries, keys, values, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2, shares,
                             1, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)),
             (load_items, (items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line,
-                          GROUP, PADDED_GROUP, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)),
-            (plan_items, (items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_rows,
+                          shares, GROUP, PADDED_GROUP, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)),
+            (plan_items, (items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows, shares,
                           NUM_KV_HEADS, 2 * HALF_ROWS // PADDED_GROUP, MIN_QUERIES)),
         ],
         [4, 1, 1],
@@ -289,11 +294,22 @@ def hopper_attention(
         block_shape=[block_size // 8, head_size // 64, 8, 64],
         layout=shared_layout(4),
     )
-    num_items = (num_tokens * padded_group // 128 + num_rows) * num_kv_heads
-    next_item = torch.zeros(1, dtype=torch.int32, device=q_TNH.device)
-    hopper_kernel[(min(num_items, num_multiprocessors(q_TNH.device)),)](
-        q_tokens, kv_lines, out_TNH, block_tables_SM, rows_R, query_starts_R1, context_lens_R, next_item,
-        scale * LOG2_E, block_tables_SM.stride(0), num_rows, lines,
+    num_programs = num_multiprocessors(q_TNH.device)
+    num_tiles = triton.cdiv(num_tokens * padded_group, 128) * num_kv_heads
+    shares = choose_shares(num_tiles, num_programs)
+    num_shared = num_tokens if shares > 1 else 0
+    parts = Parts.empty((num_shared, num_heads, shares, head_size), q_TNH.device)
+    counts = torch.zeros(num_tokens + 1, dtype=torch.int32, device=q_TNH.device)  # and the next item
+    num_items = (num_tiles + num_rows * num_kv_heads) * shares
+    hopper_kernel[(min(num_items, num_programs),)](
+        q_tokens, kv_lines, out_TNH, *parts, counts, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
+        counts[num_tokens:], scale * LOG2_E, block_tables_SM.stride(0), num_rows, lines, shares,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=padded_group, HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size, MIN_QUERIES=min_queries, num_warps=4,
     )  # fmt: skip
+    if shares > 1:
+        merge_kernel[(num_tokens, num_kv_heads)](
+            *parts, counts, out_TNH, shares,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=padded_group, HEAD_SIZE=head_size,
+            MAX_SHARES=MAX_SHARES, num_warps=4,
+        )  # fmt: skip

@@ -25,6 +25,8 @@ HALF_ROWS = gl.constexpr(64)
 """Tile rows of one attending group: what one instruction of a group of four warps multiplies."""
 DEPTH = gl.constexpr(2)
 """Items, queries, key tiles and value tiles that are in use or on their way."""
+MIN_SEGMENT = gl.constexpr(8)
+"""Key tiles of a segment, if the row's keys are cut: fewer would not repay the partial results."""
 
 NUM_TILES = gl.constexpr(0)  # What an item says, by position; one of no key tiles is the end.
 FIRST_TOKEN = gl.constexpr(1)
@@ -33,6 +35,7 @@ FIRST_POSITION = gl.constexpr(3)
 NUM_KEYS = gl.constexpr(4)  # of the row
 KV_HEAD = gl.constexpr(5)
 SEAT = gl.constexpr(6)
+SEGMENT = gl.constexpr(7)  # -1: the row's keys are not cut
 NUM_FIELDS = gl.constexpr(8)
 
 
@@ -93,37 +96,53 @@ def field(fields, position, NUM_WARPS: gl.constexpr):
 
 
 @gluon.jit
+def segment_size(num_keys, shares):
+    """Key tiles of a segment of a row, of which there are at most `shares`."""
+    return gl.maximum(gl.cdiv(gl.cdiv(num_keys, TILE_KEYS), shares), MIN_SEGMENT)
+
+
+@gluon.jit
+def num_segments(num_keys, shares):
+    """Segments of a row with keys."""
+    return gl.cdiv(gl.cdiv(num_keys, TILE_KEYS), segment_size(num_keys, shares))
+
+
+@gluon.jit
 def add(a, b):
     return a + b
 
 
 @gluon.jit
-def find_tile(index, query_starts_ptr, num_rows, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr):
-    """The row (num_rows: none) that has query tile `index` of all, and which of its tiles that is.
+def find_item(
+    index, query_starts_ptr, context_lens_ptr, num_rows, shares, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr
+):
+    """The row (num_rows: none) that has item `index` of one key head, and which of its items that is.
 
     Counted 128 rows at a time: a search would wait for one load after the other.
     """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     row = 0
-    num_before = 0  # tiles of the rows before `row`
+    num_before = 0  # items of the rows before `row`
     num_seen = 0
     for chunk in range(0, num_rows, 128):
         rows = chunk + gl.arange(0, 128, layout)
         is_row = rows < num_rows
         starts = gl.load(query_starts_ptr + rows, mask=is_row, other=0)
         counts = gl.load(query_starts_ptr + rows + 1, mask=is_row, other=0) - starts
+        num_keys = gl.load(context_lens_ptr + rows, mask=is_row, other=0)
         tiles = gl.where(counts >= MIN_QUERIES, (counts + TILE_QUERIES - 1) // TILE_QUERIES, 0)
-        ends = num_seen + gl.associative_scan(tiles, 0, add)
+        num_items = tiles * num_segments(num_keys, shares)
+        ends = num_seen + gl.associative_scan(num_items, 0, add)
         is_before = (ends <= index) & is_row
         row += gl.sum(is_before.to(gl.int32), 0)
         num_before = gl.maximum(num_before, gl.max(gl.where(is_before, ends, 0), 0))
-        num_seen += gl.sum(tiles, 0)
+        num_seen += gl.sum(num_items, 0)
     return row, index - num_before
 
 
 @gluon.jit
 def plan_items(
-    items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_rows,
+    items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows, shares,
     NUM_KV_HEADS: gl.constexpr, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr,
 ):  # fmt: skip
     """One warp: draw items, of all programs' one list, until there are none; the last one sent has no key tiles."""
@@ -133,15 +152,24 @@ def plan_items(
     item = gl.program_id(0)
     num_tiles = 1
     while num_tiles > 0:
-        row, tile = find_tile(item // NUM_KV_HEADS, query_starts_ptr, num_rows, TILE_QUERIES, MIN_QUERIES)
+        row, index = find_item(
+            item // NUM_KV_HEADS, query_starts_ptr, context_lens_ptr, num_rows, shares, TILE_QUERIES, MIN_QUERIES)  # fmt: skip
         is_item = row < num_rows
         row_start = gl.load(query_starts_ptr + row, mask=is_item, other=0)
         num_queries = gl.load(query_starts_ptr + row + 1, mask=is_item, other=0) - row_start
-        num_keys = gl.load(context_lens_ptr + row, mask=is_item, other=0)
-        first_query = (gl.cdiv(num_queries, TILE_QUERIES) - 1 - tile) * TILE_QUERIES
+        num_keys = gl.load(context_lens_ptr + row, mask=is_item, other=1)
+        parts = num_segments(num_keys, shares)
+        first_query = (gl.cdiv(num_queries, TILE_QUERIES) - 1 - index // parts) * TILE_QUERIES
         first_position = num_keys - num_queries + first_query
-        num_tiles = gl.cdiv(gl.minimum(first_position + TILE_QUERIES, num_keys), TILE_KEYS)
-        num_tiles = gl.where(is_item, num_tiles, 0)
+        size = segment_size(num_keys, shares)
+        num_seen = gl.cdiv(gl.minimum(first_position + TILE_QUERIES, num_keys), TILE_KEYS)
+        num_tiles = gl.minimum(num_seen - index % parts * size, size)
+        # A segment behind what the queries see is one tile that weighs nothing.
+        num_tiles = gl.where(is_item, gl.maximum(num_tiles, 1), 0)
+        if (parts > 1) & is_item:
+            tokens = gl.arange(0, TILE_QUERIES, gl.BlockedLayout([1], [32], [1], [0]))
+            places = num_parts_ptr + row_start + first_query + tokens
+            gl.store(places, parts, mask=tokens < num_queries - first_query)
         fields = gl.full([NUM_FIELDS], 0, gl.int32, layout)
         fields = gl.where(position == NUM_TILES, num_tiles, fields)
         fields = gl.where(position == FIRST_TOKEN, row_start + first_query, fields)
@@ -149,6 +177,7 @@ def plan_items(
         fields = gl.where(position == FIRST_POSITION, first_position, fields)
         fields = gl.where(position == NUM_KEYS, num_keys, fields)
         fields = gl.where(position == KV_HEAD, item % NUM_KV_HEADS, fields)
+        fields = gl.where(position == SEGMENT, gl.where(parts > 1, index % parts, -1), fields)
         fields = gl.where(position == SEAT, gl.load(rows_ptr + row, mask=is_item, other=0), fields)
         wait_left(items, turn)
         items[0].index(turn % DEPTH).store(fields)
@@ -174,7 +203,7 @@ def load_tile(kv_lines, ring, turn, lines, HEAD_SIZE: gl.constexpr, NUM_LINES: g
 
 @gluon.jit
 def load_items(
-    items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line,
+    items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line, shares,
     GROUP: gl.constexpr, PADDED_GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
@@ -197,6 +226,7 @@ def load_items(
         first_token = field(fields, FIRST_TOKEN, 1)
         num_keys = field(fields, NUM_KEYS, 1)
         kv_head = field(fields, KV_HEAD, 1)
+        first_tile = gl.maximum(field(fields, SEGMENT, 1), 0) * segment_size(num_keys, shares)
         table_ptr = block_tables_ptr + field(fields, SEAT, 1).to(gl.int64) * table_stride
         wait_left(queries, q_turn)
         filled = queries[1].index(q_turn % DEPTH)
@@ -207,7 +237,7 @@ def load_items(
                 corner = [first_token + group * HALF_QUERIES, kv_head * GROUP, half * 64]
                 tma.async_copy_global_to_shared(q_tokens, corner, filled, part)
         for index in range(num_tiles):
-            first_key = (num_tiles - 1 - index) * TILE_KEYS
+            first_key = (first_tile + num_tiles - 1 - index) * TILE_KEYS
             k_lines = ()
             for copy in gl.static_range(NUM_COPIES):
                 key = first_key + copy * NUM_LINES * 8

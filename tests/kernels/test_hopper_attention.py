@@ -142,6 +142,28 @@ def test_chunks_equal_the_whole_prompt_on_a_hopper_gpu(make_batch, device, hoppe
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_error_where_few_queries_see_many_keys(make_batch, device, hopper, group) -> None:
+    """Rows whose keys are cut into segments, some behind what the first queries see, beside rows that are whole."""
+    rows = [(1, 3000), (2, 1030), (7, 40), (40, 20_011), (1100, 2200), (3, 9000), (129, 1024), (1, 1), (5, 2049)]
+    shapes = {"num_heads": 2 * group, "head_size": 128, "dtype": torch.bfloat16}
+    q_TNH, inputs = make_batch(rows, **shapes, device=device, seed=group)
+    out_TNH, exact_TNH = hopper_out(q_TNH, inputs), oracle(q_TNH, inputs)
+    plain_TNH = gpu.attention(q_TNH, **inputs, block_tokens=64, one_launch=True)
+    first = 0
+    for count, _ in rows:
+        own = slice(first, first + count)
+        first += count
+        if count == 1:
+            assert out_TNH[own].isnan().all()
+            continue
+        ours, theirs = out_TNH[own].double() - exact_TNH[own], plain_TNH[own].double() - exact_TNH[own]
+        assert float(ours.abs().nan_to_num(torch.inf).max() / theirs.abs().max()) <= 1.5
+        assert float((ours.square().mean() / theirs.square().mean()).sqrt()) <= 1.05
+    assert torch.equal(hopper_out(q_TNH, inputs).nan_to_num(), out_TNH.nan_to_num())
+
+
+@pytest.mark.gpu
 def test_no_item_at_all(make_batch, device, hopper) -> None:
     q_TNH, inputs = make_batch([(1, 20), (1, 300)], num_heads=8, head_size=128, dtype=torch.bfloat16, device=device)
     assert hopper_out(q_TNH, inputs).isnan().all()
