@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minillm import __version__
 from minillm.server.auth import KeyCheck
@@ -35,6 +36,20 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.include_router(insight_router(service))
     app.include_router(page_router())
     add_error_handlers(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, seconds=config.receive_seconds)
     app.add_middleware(KeyCheck, keys=keys)  # added last: it sees a request first
     return app
+
+
+class HeadAsGet:
+    """Lets every path that knows GET answer HEAD: the application sees a GET, and the server, which keeps the request
+    as it came, sends no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)

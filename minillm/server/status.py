@@ -19,14 +19,12 @@ def status_router(service: Service, version: str) -> APIRouter:
     router, engine = APIRouter(), service.engine
 
     @router.get("/health", response_model=None)
-    @router.head("/health", response_model=None, include_in_schema=False)
     async def health() -> Response:
         """200 while the engine runs and its steps advance whenever there is work; else 503."""
         status = "ok" if engine.is_healthy else "stalled" if engine.failure is None else "failed"
         return JSONResponse({"status": status}, 200 if engine.is_healthy else 503)
 
     @router.get("/ready", response_model=None)
-    @router.head("/ready", response_model=None, include_in_schema=False)
     async def ready() -> Response:
         """200 while new requests are welcome; else 503."""
         is_ready = engine.is_healthy and not engine.is_closing

@@ -31,10 +31,10 @@ def live() -> Iterator[Live]:
         yield server
 
 
-def status(live: Live, path: str, key: str | None, **headers: str) -> int:
+def status(live: Live, path: str, key: str | None, method: str = "GET", **headers: str) -> int:
     given = headers | ({} if key is None else {"Authorization": key})
     live.client.headers.pop("Authorization", None)
-    return live.client.get(path, headers=given).status_code
+    return live.client.request(method, path, headers=given).status_code
 
 
 def test_either_key_opens(live: Live) -> None:
@@ -48,12 +48,14 @@ def test_anything_else_does_not(live: Live, key: str | None) -> None:
 
 @pytest.mark.parametrize("path", CLOSED)
 @pytest.mark.parametrize("host", ["127.0.0.1", "a/?x=", "a/health?", "/health"])
-def test_the_key_is_asked_for_whatever_the_path_and_host(live: Live, path: str, host: str) -> None:
-    assert status(live, path, None, Host=host) == 401
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_key_is_asked_for_whatever_the_path_and_host(live: Live, path: str, host: str, method: str) -> None:
+    assert status(live, path, None, method, Host=host) == 401
 
 
-def test_health_and_readiness_are_open_to_readers(live: Live) -> None:
-    assert [status(live, path, None) for path in ("/health", "/ready")] == [200, 200]
+@pytest.mark.parametrize("path", ["/", "/static/app.js", "/health", "/ready"])
+def test_the_page_health_and_readiness_are_open_to_readers(live: Live, path: str) -> None:
+    assert [status(live, path, None, method) for method in ("GET", "HEAD")] == [200, 200]
     live.client.headers.pop("Authorization", None)
     assert live.client.post("/health").status_code == 401
 
