@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 with bounds: on the bytes and the time of what comes before a body, and on the time in which a
-client takes nothing of its answer. A client that would rather speak another protocol is answered in this one. It knows
-no endpoints."""
+client takes nothing of its answer. A client that would rather speak another protocol is answered in this one, one of
+HTTP/1.0 without chunks. It knows no endpoints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ import sys
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 __all__ = ["bounded_protocol"]
 
 TOO_LARGE = "431 Request Header Fields Too Large"
 TOO_SLOW = "408 Request Timeout"
+
+
+class UnframedCycle(RequestResponseCycle):
+    """A request of HTTP/1.0, which knows no chunks: where an answer has no length, the connection's end is its end.
+    uvicorn closes the connection behind it, but would send it in chunks."""
+
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer as it is."""
+        self.chunked_encoding, self.expected_content_length = False, len(message.get("body", b""))
+        await super().send(message)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -83,8 +93,10 @@ class BoundedProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self.max_head_bytes:
             self._refuse(TOO_LARGE)
-        else:
-            super().on_headers_complete()
+            return
+        super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = UnframedCycle  # it is made in the call above, and starts later
 
     def on_body(self, body: bytes) -> None:
         """A part of a body came; that of a refused request is dropped."""

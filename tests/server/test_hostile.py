@@ -151,6 +151,22 @@ def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
     assert told == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_client_of_http_1_0_gets_no_chunks(live: Live, is_streamed: bool) -> None:
+    body = json.dumps(NEIGHBOUR | {"stream": is_streamed}).encode()
+    parts = (HEAD + b"Connection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(body) + body).split(b"HTTP/1.1")
+    head, _, content = exchange(live, b"HTTP/1.0".join(parts)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head and (b"content-length: %d" % len(content) in head) is not is_streamed
+    if is_streamed:
+        *events, done, rest = content.split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        texts = [json.loads(event.removeprefix(b"data: "))["choices"][0]["text"] for event in events]
+    else:
+        texts = [json.loads(content)["choices"][0]["text"]]
+    assert "".join(texts) == live.expected  # type: ignore[attr-defined]
+
+
 def test_a_wrong_field_is_named_in_short(live: Live) -> None:
     message = {"role": "user", "content": "a", "x" * 50_000: 1}
     answer = live.post("/v1/chat/completions", messages=[message])
