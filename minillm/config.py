@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -15,6 +14,9 @@ __all__ = ["Configs", "EngineConfig", "ModelConfig", "RopeScaling"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_SIZE = 2**31 - 1
+MAX_NUMBER = 1e30
+SCALES = 1e-6, 1e6
+"""Between them lie the numbers of all models; far beyond, a table of float32 has infinities and NaN."""
 MAX_DRAFTS = 32
 NGRAM_DRAFTS, MODEL_DRAFTS = 7, 4
 NGRAM = "ngram"
@@ -138,12 +140,12 @@ def check_whole(config: object, names: Sequence[str]) -> None:
             raise ConfigError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
 
 
-def check_positive(config: object, names: Sequence[str]) -> None:
-    """Raise ConfigError unless these fields are positive numbers."""
+def check_between(config: object, names: Sequence[str], low: float, high: float) -> None:
+    """Raise ConfigError unless these fields are numbers above `low` and below `high`."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        if not isinstance(value, (int, float)) or not low < value < high:
+            raise ConfigError(f"{name} must be a number above {low:g} and below {high:g}, not {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +164,13 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         check_whole(self, ("original_max_position",))
-        check_positive(self, ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"))
+        names = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        check_between(self, names, *SCALES)
         if self.attention_factor is not None:
-            check_positive(self, ("attention_factor",))
-        if not self.low_freq_factor < self.high_freq_factor:
-            raise ConfigError(f"low_freq_factor {self.low_freq_factor} is not below {self.high_freq_factor}")
+            check_between(self, ("attention_factor",), *SCALES)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ConfigError(f"{low} {getattr(self, low)} is not below {high} {getattr(self, high)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +204,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_whole(self, ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"))
         check_whole(self, ("head_size", "max_position"))
-        check_positive(self, ("rms_norm_eps", "rope_theta"))
+        check_between(self, ("rms_norm_eps",), 0.0, MAX_NUMBER)
+        check_between(self, ("rope_theta",), 1.0, MAX_NUMBER)  # frequencies fall
         for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise ConfigError(f"a token id must be a whole number from 0, not {token_id!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -70,8 +71,8 @@ def number(raw: Mapping[str, Any], key: str, default: float | None = None) -> fl
     value = raw[key] if default is None else raw.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ConfigError(f"{key} must be a number, not {value!r:.100}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{key} must be a finite number, not {value!r:.100}")
     return float(value)
 
 
@@ -207,6 +208,8 @@ def yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | Non
     if rope.get("attention_factor") is not None:
         return number(rope, "attention_factor")
     scale, scale_all = number(rope, "mscale", 0.0), number(rope, "mscale_all_dim", 0.0)
+    if min(scale, scale_all) < 0:
+        raise ConfigError(f"mscale and mscale_all_dim must be numbers from 0, not {scale} and {scale_all}")
     if not scale or not scale_all:
         return None
     if factor <= 1:

@@ -43,6 +43,10 @@ def config_of(folder: Path, **changes: Any) -> Any:
     return config_from_folder(folder)
 
 
+def yarn(**changes: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **changes}}
+
+
 def test_published_llama_is_the_preset(tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -115,8 +119,11 @@ def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
         ({"head_dim": "x"}, "head_dim must be a whole number"),
         ({"max_position_embeddings": -5}, "max_position_embeddings must be a whole number from 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be a whole number from 1, not 0"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number"),
-        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a finite number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta must be a number above 1"),
+        ({"rope_theta": 1e300}, "rope_theta must be a number above 1 and below"),
+        ({"rope_theta": 1, **yarn()}, "rope_theta must be .* not 1"),
         ({"architectures": 5}, "architectures 5; known are"),
         ({"architectures": [["LlamaForCausalLM"]]}, "known are"),
         ({"quantization_config": "x"}, "quantised by 'x'"),
@@ -125,9 +132,19 @@ def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
         ({"bos_token_id": {"a": 1}}, "bos_token_id must be a token id"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": "x"}, "rope_scaling must be an object"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor must be a positive number"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "describes no model"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor must be a number above"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a number above"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-40}}, "factor must be a number above"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.nan}}, "factor must be a finite number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "factor must be a finite number"),
         ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4, "factor": 8}}, "below"),
+        (yarn(beta_fast=0), "beta_fast must be a number above"),
+        (yarn(beta_fast=2, beta_slow=2), "beta_slow 2.0 is not below beta_fast 2.0"),
+        (yarn(attention_factor=1e39), "attention_factor must be a number above"),
+        (yarn(mscale=-10 / math.log(4), mscale_all_dim=1), "mscale and mscale_all_dim must be numbers from 0"),
+        (yarn(mscale=1, mscale_all_dim=-10 / math.log(4)), "mscale and mscale_all_dim must be numbers from 0"),
+        (yarn(mscale=math.nan), "mscale must be a finite number"),
+        (yarn(original_max_position_embeddings=0), "original_max_position_embeddings must be a whole number from 1"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "not supported"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for some layers"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
