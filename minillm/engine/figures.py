@@ -79,7 +79,7 @@ DOCS = {
     "request_decode_time_seconds": "Time from the first token to the last.",
     "request_inference_time_seconds": "Time from the first step to the last token.",
     "request_prompt_tokens": "Prompt tokens of a request.",
-    "request_generation_tokens": "Output tokens of a request.",
+    "request_generation_tokens": "Output tokens of a request, with those computed before a stop string was seen.",
     "request_params_max_tokens": "Output tokens that a request allowed.",
     "request_num_preemptions": "How often a request lost its KV blocks.",
     "iteration_tokens_total": "Tokens that a step computed.",

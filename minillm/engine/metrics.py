@@ -19,6 +19,7 @@ class Metrics:
     num_cached_tokens: int = 0
     """Prompt tokens of finished requests that came from the prefix cache."""
     num_output_tokens: int = 0
+    """Output tokens of finished requests, with those computed before a stop string was seen."""
     num_preemptions: int = 0
     num_drafts: int = 0
     """Drafts of finished requests that were verified."""

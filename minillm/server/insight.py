@@ -26,6 +26,7 @@ def insight_router(service: Service) -> APIRouter:
         """Figures for Prometheus."""
         figures = await engine.ask("figures")
         figures["totals"]["num_waiting"] = engine.load.num_waiting  # those before the engine too
+        figures["totals"]["num_output_tokens"] = service.num_output_tokens
         text = metrics_text(figures, service.model_name, with_vllm_names=service.config.vllm_metrics)
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 

@@ -33,7 +33,7 @@ GAUGES = (
 COUNTERS = (
     Plain("num_preemptions", "num_preemptions", "How often a request lost its KV blocks."),
     Plain("prompt_tokens", "num_prompt_tokens", "Prompt tokens of requests that were started."),
-    Plain("generation_tokens", "num_output_tokens", "Output tokens."),
+    Plain("generation_tokens", "num_output_tokens", "Output tokens, as usage counts them: none behind a stop string."),
     Plain("prefix_cache_queries", "num_prompt_tokens", "Prompt tokens that were looked up in the prefix cache."),
     Plain("prefix_cache_hits", "num_cached_tokens", "Prompt tokens that were found in it."),
 )

@@ -54,7 +54,7 @@ class Choice:
     prompt: list[int]
     stream: TokenStream
     reader: TextReader
-    engine: AsyncEngine
+    service: Service
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -75,6 +75,7 @@ class Choice:
                 text += self.reader.finish()
         self.text += text
         self.token_ids += tokens
+        self.service.num_output_tokens += len(tokens)
         return Piece(index=self.index, text=text, token_ids=tokens, finish_reason=self.finish_reason)
 
     async def finish(self) -> None:
@@ -84,7 +85,7 @@ class Choice:
 
     def abort(self) -> None:
         """Its client has gone; free what it holds."""
-        self.engine.finish(self.stream, FinishReason.ABORT)
+        self.service.engine.finish(self.stream, FinishReason.ABORT)
 
     @property
     def whole(self) -> Piece:
@@ -104,7 +105,7 @@ class Choice:
 
     async def _stop(self) -> None:
         """A stop string is there: end the request; what it gained meanwhile is dropped."""
-        self.engine.finish(self.stream, FinishReason.STOP)
+        self.service.engine.finish(self.stream, FinishReason.STOP)
         while not self.stream.is_done:
             await self.stream.take()
 
@@ -139,6 +140,8 @@ class Service:
         self.engine, self.tokenizer, self.model_name, self.config = engine, tokenizer, model_name, config
         self.created = int(time.time())
         self.recent = RecentRequests()
+        self.num_output_tokens = 0
+        """Of all answers, as their usage has them: the engine's count has those behind a stop string too."""
 
     def check_model(self, model: str | None) -> None:
         """Raise ApiError unless this is the model that is served; None is."""
@@ -215,7 +218,7 @@ class Service:
         params = stream.submission.params
         stop_token_ids = self.engine.info.stop_token_ids(params)
         reader = TextReader(self.tokenizer, prompt, params.stop_strings, stop_token_ids, params.min_tokens)
-        return Choice(index=index, prompt=prompt, stream=stream, reader=reader, engine=self.engine)
+        return Choice(index=index, prompt=prompt, stream=stream, reader=reader, service=self)
 
 
 def parts_of(params: SamplingParams, most: int) -> list[SamplingParams]:

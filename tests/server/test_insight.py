@@ -63,6 +63,17 @@ def test_metrics_have_vllms_names_and_true_values(used: tuple[Live, dict[str, An
     assert not [name for name in after if name.endswith("_created")]
 
 
+def test_output_tokens_are_those_of_the_usage(live: Live) -> None:
+    """The engine computes more of them before it hears of a stop string."""
+    body = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 100, "ignore_eos": True}
+    words = live.post("/v1/completions", **body).json()["choices"][0]["text"].split()
+    before = samples_of(live)
+    usage = live.post("/v1/completions", **body, n=2, stop=words[3]).json()["usage"]
+    assert 0 < usage["completion_tokens"] < 100
+    for name in ("vllm:generation_tokens_total", "minillm:generation_tokens_total"):
+        assert samples_of(live)[name] - before[name] == usage["completion_tokens"]
+
+
 def test_labels_have_few_values(used: tuple[Live, dict[str, Any]]) -> None:
     """Nothing that a client sends becomes a label."""
     live, _ = used
