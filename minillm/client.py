@@ -15,7 +15,7 @@ from typing import Any
 from minillm.errors import ConfigError, RequestError
 from minillm.types import FinishReason, RequestOutput, SamplingParams, Timings
 
-__all__ = ["ServerClient"]
+__all__ = ["ServerClient", "events_in", "parts_of"]
 
 CONNECT_SECONDS = 600.0
 DEFAULTS = SamplingParams()
@@ -120,10 +120,11 @@ def parts_of(event: dict[str, Any]) -> tuple[str, str, tuple[int, int, int] | No
     """Text, why it ended, how many tokens came, were in the prompt and of those in the cache. Raises RequestError."""
     try:
         choice, usage = (event.get("choices") or [{}])[0], event.get("usage")
-        text = (choice.get("delta") or {}).get("content") or ""
+        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         if usage:
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            usage = tuple(int(num or 0) for num in (usage["completion_tokens"], usage["prompt_tokens"], cached))
+            nums = usage.get("completion_tokens"), usage.get("prompt_tokens"), cached
+            usage = tuple(int(num or 0) for num in nums)
         return str(text), str(choice.get("finish_reason") or ""), usage or None
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RequestError(f"the server's answer has not the form of OpenAI's: {error}") from error

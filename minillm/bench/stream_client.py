@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import httpx
 
 from minillm.bench.latency import Outcome
-from minillm.errors import ConfigError
+from minillm.client import events_in, parts_of
+from minillm.errors import ConfigError, RequestError
 
 __all__ = ["Planned", "Server", "StreamClient", "connected", "find_model", "send_when_due"]
 
@@ -106,23 +107,16 @@ class StreamClient:
 
 
 def read_lines(lines: Sequence[tuple[float, bytes]], outcome: Outcome) -> None:
-    """Note what the lines of a stream of events brought; this waits for its end, to be out of the way of others."""
-    for came, line in lines:
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            continue
-        try:
-            chunk = json.loads(data)
-            if chunk.get("error"):
-                outcome.error = str(chunk["error"])[:200]
-            choice = (chunk.get("choices") or [{}])[0]
-            if choice.get("text") or (choice.get("delta") or {}).get("content"):
+    """Note what the events of a stream brought, each a line; this waits for its end, to be out of the way of others."""
+    try:
+        for (came, _), event in zip(lines, events_in(line for _, line in lines), strict=False):
+            text, _, usage = parts_of(event)
+            if text:
                 outcome.chunk_times.append(came)
-            if chunk.get("usage"):
-                outcome.num_output = int(chunk["usage"].get("completion_tokens") or 0)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            outcome.error = outcome.error or f"{type(error).__name__}: {error}"
-            return
+            if usage is not None:
+                outcome.num_output = usage[0]
+    except RequestError as error:
+        outcome.error = outcome.error or str(error)[:200]
 
 
 async def find_model(http: httpx.AsyncClient, model: str | None) -> tuple[str, int | None]:

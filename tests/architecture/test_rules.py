@@ -36,7 +36,7 @@ ARROWS = {  # a layer -> the modules or packages of ours that it may import, bes
     "llm": {"engine", "text", "config"} | SHARED,
     "server": {"engine", "text", "config", "__version__"} | SHARED,
     "classic": {"llm", "engine", "runtime", "model", "kernels", "config"} | SHARED,
-    "bench": ENGINE | {"engine", "llm", "model", "kernels", "classic", "__version__"},
+    "bench": ENGINE | {"client", "engine", "llm", "model", "kernels", "classic", "__version__"},
     "terminal": SHARED,
     "client": SHARED,
     "cli": ENGINE

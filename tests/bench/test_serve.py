@@ -202,6 +202,15 @@ def test_a_stream_that_is_none_is_a_failure_of_its_request(event: str) -> None:
     assert outcome.error and outcome.chunk_times == [1.0]
 
 
+def test_a_chunk_came_when_its_line_did() -> None:
+    events = [{"delta": {"content": "a"}}, {"delta": {"role": "assistant"}}, {"text": "b"}, {"text": ""}]
+    lines = [f"data: {json.dumps({'choices': [each]})}".encode() for each in events]
+    lines += [b'data: {"usage": {"completion_tokens": 5}}', b'data:{"error": {"message": "busy"}}', b"data: [DONE]"]
+    outcome = Outcome(1, 0.0)
+    read_lines(list(enumerate(lines)), outcome)
+    assert (outcome.chunk_times, outcome.num_output, outcome.error) == ([0, 2], 5, "busy")
+
+
 @pytest.mark.parametrize("models", ["[1]", "null", '{"data": []}', '{"data": [{"x": 1}]}', '{"data": ["a"]}', "<html>"])
 def test_a_server_that_lists_no_models_is_none(models: str) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=models))
