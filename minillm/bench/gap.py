@@ -67,6 +67,7 @@ async def measure(
         raise ConfigError(f"long_len {options.long_len} is too long for the server, whose requests hold {max_len}")
     num_output = options.output_len if max_len is None else min(options.output_len, max_len - options.input_len)
     async with connected(replace(server, model=model), transport) as client:
+        planned = draw(options.long_len, 1)  # before the streams: it takes this process longer than a token does
         times: list[list[float]] = [[] for _ in range(options.num_streams)]
         tasks = [asyncio.create_task(client.send(draw(options.input_len, num_output), each.append)) for each in times]
         try:
@@ -75,7 +76,7 @@ async def measure(
             await asyncio.sleep(options.seconds)
             await a_chunk_each(times, tasks)
             await a_chunk_each(times, tasks)  # two, so that a gap lies before however slow the server is
-            long = await client.send(draw(options.long_len, 1))
+            long = await client.send(planned)
             if long.error:
                 raise ConfigError(f"the long request failed: {long.error}")
             await a_chunk_each(times, tasks)  # the gaps that its answer ended in

@@ -3,9 +3,10 @@
 The hard cap bounds activation memory. While rows decode and somebody reads their tokens as they come, a soft cap bounds
 how long they wait; without readers a long step costs nobody anything, and is cheaper than several short ones. The soft
 cap is in equivalent tokens: a chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at
-which a token's attention costs as much as its matrices. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI
-2024, section 4). The first chunk of a step may pass the soft cap, so that however long its context, the prompt whose
-turn it is gets on.
+which a token's attention costs as much as its matrices. Few rows are used to shorter steps than many, and their cap is
+smaller, so that a chunk makes neither's gap many times the usual. Decodes come first, as in Sarathi-Serve (Agrawal et
+al., OSDI 2024, section 4). The first chunk of a step may pass the soft cap, so that however long its context, the
+prompt whose turn it is gets on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from minillm.errors import ConfigError
 
 __all__ = ["Budget", "SchedulerLimits"]
+
+MANY_ROWS = 96
+"""Decodes from which on a step may take all of the soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,8 @@ class SchedulerLimits:
     soft_cap: int | None = None
     """Equivalent tokens of a step in which rows with readers decode, but for the least first chunk. None: the hard cap
     alone."""
+    soft_cap_few: int | None = None
+    """The soft cap of a step with hardly any decodes, from which it rises evenly. None: the same for all."""
     attention_equivalence: float = math.inf
     """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
     tile_steps: tuple[int, ...] = ()
@@ -56,7 +62,7 @@ class SchedulerLimits:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_kv_blocks < 2:
             raise ConfigError(f"num_kv_blocks must be at least 2 (one is a dummy), not {self.num_kv_blocks}")
-        for name in ("soft_cap", "max_chunk_size"):
+        for name in ("soft_cap", "soft_cap_few", "max_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -96,6 +102,12 @@ class SchedulerLimits:
         cap = min(self.max_num_batched_tokens, self.soft_cap or self.max_num_batched_tokens)
         return min(self.min_chunk_size, self.max_chunk_size or cap, max(1, cap // 2))
 
+    def soft_cap_of(self, num_decode_tokens: int) -> float:
+        """Equivalent tokens of a step with so many decodes; 0 without a soft cap."""
+        most = self.soft_cap or 0
+        few = min(most, self.soft_cap_few or most)
+        return few + (most - few) * min(1.0, num_decode_tokens / MANY_ROWS)
+
     def find_fault(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a request of this size can never be served and what to change, or None."""
         if num_prompt < 1:
@@ -125,7 +137,7 @@ class Budget:
         self._used = num_decode_tokens
         is_capped = limits.soft_cap is not None and limits.enable_chunked_prefill
         self._is_soft = num_decode_tokens > 0 and has_readers and is_capped
-        self._soft_room = float((limits.soft_cap or 0) - num_decode_tokens)
+        self._soft_room = limits.soft_cap_of(num_decode_tokens) - num_decode_tokens
         self._least_chunk = limits.least_chunk
         self._num_due = self._least_chunk  # tokens due to the first chunk, whatever the soft cap has left
 

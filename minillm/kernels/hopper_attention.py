@@ -296,7 +296,7 @@ def hopper_attention(
     )
     num_programs = num_multiprocessors(q_TNH.device)
     num_tiles = triton.cdiv(num_tokens * padded_group, 128) * num_kv_heads
-    shares = choose_shares(num_tiles, num_programs)
+    shares = choose_shares(num_tiles, num_programs, block_tables_SM.shape[1] * block_size)
     num_shared = num_tokens if shares > 1 else 0
     parts = Parts.empty((num_shared, num_heads, shares, head_size), q_TNH.device)
     counts = torch.zeros(num_tokens + 1, dtype=torch.int32, device=q_TNH.device)  # and the next item

@@ -19,12 +19,14 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from minillm.kernels.hopper_supply import HALF_ROWS, TILE_KEYS
+from minillm.kernels.hopper_supply import HALF_ROWS, MIN_SEGMENT, TILE_KEYS
 
 __all__ = ["MAX_SHARES", "choose_shares", "merge_kernel", "rows_layout", "scores_layout", "store_out", "store_part"]
 
 MAX_SHARES = 16
 """Most segments of a row's keys."""
+PART_COST = 0.03
+"""Time that each more segment costs, partial results written and read, over that of whole rows."""
 
 
 @triton.constexpr_function
@@ -116,10 +118,17 @@ def merge_kernel(
     tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=is_head[:, None])
 
 
-def choose_shares(num_tiles: int, num_programs: int) -> int:
-    """Most segments of a row's keys, if the step has `num_tiles` query tiles of all key heads.
+def choose_shares(num_tiles: int, num_programs: int, max_keys: int) -> int:
+    """Most segments of a row's keys, of which there are at most `max_keys`.
 
-    One where those occupy the GPU for two rounds: what is cut costs memory traffic. Else so many that there are about
-    three items for each program, or many programs would wait for one.
+    By the rounds that `num_tiles` query tiles of all key heads take on the GPU's multiprocessors, `num_programs`; more
+    than two are full enough.
     """
-    return 1 if num_tiles >= 2 * num_programs else min(MAX_SHARES, triton.cdiv(3 * num_programs, num_tiles))
+    if num_tiles >= 2 * num_programs:
+        return 1
+
+    def rounds(shares: int) -> float:
+        return triton.cdiv(num_tiles * shares, num_programs) / shares * (1 + PART_COST * shares)
+
+    most = min(MAX_SHARES, triton.cdiv(max_keys, MIN_SEGMENT.value * TILE_KEYS.value))
+    return min(range(1, most + 1), key=rounds)

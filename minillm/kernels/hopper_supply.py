@@ -25,8 +25,8 @@ HALF_ROWS = gl.constexpr(64)
 """Tile rows of one attending group: what one instruction of a group of four warps multiplies."""
 DEPTH = gl.constexpr(2)
 """Items, queries, key tiles and value tiles that are in use or on their way."""
-MIN_SEGMENT = gl.constexpr(8)
-"""Key tiles of a segment, if the row's keys are cut: fewer would not repay the partial results."""
+MIN_SEGMENT = gl.constexpr(16)
+"""Key tiles of a segment, if the row's keys are cut: its partial results cost what about three tiles do."""
 
 NUM_TILES = gl.constexpr(0)  # What an item says, by position; one of no key tiles is the end.
 FIRST_TOKEN = gl.constexpr(1)
@@ -159,11 +159,14 @@ def plan_items(
         num_queries = gl.load(query_starts_ptr + row + 1, mask=is_item, other=0) - row_start
         num_keys = gl.load(context_lens_ptr + row, mask=is_item, other=1)
         parts = num_segments(num_keys, shares)
-        first_query = (gl.cdiv(num_queries, TILE_QUERIES) - 1 - index // parts) * TILE_QUERIES
-        first_position = num_keys - num_queries + first_query
         size = segment_size(num_keys, shares)
+        # One segment of all query tiles after the other, so that programs side by side read the same keys.
+        num_row_tiles = gl.maximum(gl.cdiv(num_queries, TILE_QUERIES), 1)
+        segment = index // num_row_tiles
+        first_query = (num_row_tiles - 1 - index % num_row_tiles) * TILE_QUERIES
+        first_position = num_keys - num_queries + first_query
         num_seen = gl.cdiv(gl.minimum(first_position + TILE_QUERIES, num_keys), TILE_KEYS)
-        num_tiles = gl.minimum(num_seen - index % parts * size, size)
+        num_tiles = gl.minimum(num_seen - segment * size, size)
         # A segment behind what the queries see is one tile that weighs nothing.
         num_tiles = gl.where(is_item, gl.maximum(num_tiles, 1), 0)
         if (parts > 1) & is_item:
@@ -177,7 +180,7 @@ def plan_items(
         fields = gl.where(position == FIRST_POSITION, first_position, fields)
         fields = gl.where(position == NUM_KEYS, num_keys, fields)
         fields = gl.where(position == KV_HEAD, item % NUM_KV_HEADS, fields)
-        fields = gl.where(position == SEGMENT, gl.where(parts > 1, index % parts, -1), fields)
+        fields = gl.where(position == SEGMENT, gl.where(parts > 1, segment, -1), fields)
         fields = gl.where(position == SEAT, gl.load(rows_ptr + row, mask=is_item, other=0), fields)
         wait_left(items, turn)
         items[0].index(turn % DEPTH).store(fields)

@@ -47,6 +47,8 @@ class DeviceDefaults:
     block_size: int
     soft_cap: int
     """Equivalent tokens of a step while rows decode: what keeps the gaps between tokens even."""
+    soft_cap_few: int
+    """The same while few rows decode."""
     attention_rate: float
     """Speed of a chunk's attention, in operations, over that of matrix products."""
     tile_steps: tuple[int, ...]
@@ -58,6 +60,7 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=256,
     block_size=16,
     soft_cap=960,
+    soft_cap_few=640,
     attention_rate=0.6,
     tile_steps=STEP_TOKENS,
 )
@@ -66,6 +69,7 @@ CPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=64,
     block_size=16,
     soft_cap=128,
+    soft_cap_few=128,
     attention_rate=1.0,
     tile_steps=(),
 )
@@ -91,6 +95,7 @@ class StepSizes:
     """Positions that a step may sample: a token of every row, or of fewer rows with drafts."""
     block_size: int
     soft_cap: int
+    soft_cap_few: int
     attention_equivalence: float
     tile_steps: tuple[int, ...]
 
@@ -170,6 +175,7 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.
         max_num_samples=min(num_tokens, max(max_num_seqs, min_samples)),
         block_size=config.block_size or defaults.block_size,
         soft_cap=min(soft_cap, num_tokens),
+        soft_cap_few=min(defaults.soft_cap_few, num_tokens),
         attention_equivalence=defaults.attention_rate * model_config.attention_equivalence,
         tile_steps=defaults.tile_steps,
     )

@@ -71,6 +71,13 @@ def test_the_soft_cap_holds_only_while_rows_decode() -> None:
     assert not Budget(limits, 0).is_spent
 
 
+def test_few_decodes_have_a_smaller_soft_cap() -> None:
+    limits = limits_of(max_num_batched_tokens=1024, soft_cap=400, soft_cap_few=208)
+    assert [limits.soft_cap_of(num) for num in (0, 1, 24, 48, 96, 200)] == [208, 210, 256, 304, 400, 400]
+    assert [Budget(limits, num).chunk_size(0, 10**6) for num in (1, 48, 96, 200)] == [209, 256, 304, 200]
+    assert limits_of(soft_cap=100, soft_cap_few=208).soft_cap_of(1) == 100
+
+
 def test_the_soft_cap_is_for_readers() -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=256)
     assert Budget(limits, 56, has_readers=False).chunk_size(0, 2000) == 667  # three equal parts of at most 968
@@ -164,6 +171,7 @@ def test_a_prompt_longer_than_a_step_is_a_fault_only_if_it_may_not_be_cut() -> N
         {"num_kv_blocks": 1},
         {"max_num_seqs": 0},
         {"soft_cap": 0},
+        {"soft_cap_few": 0},
         {"attention_equivalence": math.nan},
         {"attention_equivalence": 0.0},
         {"tile_steps": (8, 4)},

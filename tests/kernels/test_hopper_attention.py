@@ -141,11 +141,21 @@ def test_chunks_equal_the_whole_prompt_on_a_hopper_gpu(make_batch, device, hoppe
         assert torch.equal(hopper_out(q_TNH[start:end].clone(), {**inputs, **chunk}), whole_TNH[start:end])
 
 
+@pytest.mark.parametrize(
+    ("num_tiles", "max_keys", "expected"),
+    [(64, 1 << 15, 2), (64, 2048, 1), (8, 1 << 17, 16), (96, 1 << 15, 4), (128, 1 << 15, 1), (264, 1 << 17, 1)],
+)
+def test_keys_are_cut_where_tiles_leave_programs_idle(num_tiles, max_keys, expected) -> None:
+    from minillm.kernels.hopper_results import choose_shares
+
+    assert choose_shares(num_tiles, 132, max_keys) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_error_where_few_queries_see_many_keys(make_batch, device, hopper, group) -> None:
     """Rows whose keys are cut into segments, some behind what the first queries see, beside rows that are whole."""
-    rows = [(1, 3000), (2, 1030), (7, 40), (40, 20_011), (1100, 2200), (3, 9000), (129, 1024), (1, 1), (5, 2049)]
+    rows = [(1, 3000), (2, 1030), (7, 40), (40, 20_011), (500, 4200), (3, 9000), (129, 1024), (1, 1), (5, 2049)]
     shapes = {"num_heads": 2 * group, "head_size": 128, "dtype": torch.bfloat16}
     q_TNH, inputs = make_batch(rows, **shapes, device=device, seed=group)
     out_TNH, exact_TNH = hopper_out(q_TNH, inputs), oracle(q_TNH, inputs)
