@@ -15,7 +15,8 @@ from minillm import LLM, SamplingParams
 from tests.engine.checkpoints import write_word_tokenizer
 
 VOCAB_SIZE = 512
-NUM_OUTPUT = 24
+NUM_OUTPUT = 12
+"""Few: of 24 tokens most outputs on a GPU had met a near-tie."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BASE: dict[str, Any] = {
     "dtype": "bfloat16",
