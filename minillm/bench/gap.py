@@ -10,12 +10,13 @@ It knows no engine. A stream's chunk stands for a token.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
@@ -40,11 +41,23 @@ def run(
 
     `transport`: how to reach a server that listens on no socket.
     """
-    began, long, streams = asyncio.run(measure(options, key, transport))
+    with no_collections():
+        began, long, streams = asyncio.run(measure(options, key, transport))
     line = {"bench": "gap", **figures_of(began, long, streams), "options": asdict(options)}
     show(line)
     print(json.dumps(line, allow_nan=False))
     return line
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Keep the garbage collector off: its pauses here would be taken for the server's."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def measure(

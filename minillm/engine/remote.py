@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import gc
 import json
 import logging
 import select
@@ -21,13 +20,14 @@ from typing import Any
 
 import minillm.errors
 from minillm.config import EngineConfig
+from minillm.engine.collector import keep_what_is_there
 from minillm.engine.driver import Command, drive
 from minillm.engine.info import EngineInfo
 from minillm.engine.messages import Load, Report
 from minillm.engine.wire import Reader, pack_command, pack_report, pack_value, unpack_command, unpack_report
 from minillm.errors import EngineError
 
-__all__ = ["ProcessLink", "keep_what_is_there"]
+__all__ = ["ProcessLink"]
 
 LOG = logging.getLogger(__name__)
 READ_BYTES = 2**18
@@ -169,12 +169,6 @@ class Channel:
             pass
         except ConnectionError:
             self._is_open = False
-
-
-def keep_what_is_there() -> None:
-    """Spare the garbage collector what start-up made: to walk it takes a tenth of a second, in which no token comes."""
-    gc.collect()
-    gc.freeze()
 
 
 def main() -> None:

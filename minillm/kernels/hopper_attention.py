@@ -10,8 +10,8 @@ for one key head, those that see most keys first. Its warps have four roles and 
     attend  4 warps   the same for the other half of the tile's 128 rows: query row // PADDED_GROUP, head row % ..
 
 Key tiles go from the last to the first. One that a query does not see weighs nothing, so a query's sum depends on its
-position alone, and where a step has too few query tiles for the GPU (few queries behind a long context) on how many
-those are: then a row's keys are cut into segments, items of their own, whose partial results are merged. Rings and the two roles of one warp are in `hopper_supply`.
+position alone; and, where a step has too few query tiles for the GPU, on their number: then a row's keys are cut into
+segments, each an item (`hopper_results`). Rings and the two roles of one warp are in `hopper_supply`.
 
 Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
 P block size.
@@ -256,8 +256,8 @@ def hopper_kernel(
                             1, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)),
             (load_items, (items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line,
                           shares, GROUP, PADDED_GROUP, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)),
-            (plan_items, (items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows, shares,
-                          NUM_KV_HEADS, 2 * HALF_ROWS // PADDED_GROUP, MIN_QUERIES)),
+            (plan_items, (items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows,
+                          shares, NUM_KV_HEADS, 2 * HALF_ROWS // PADDED_GROUP, MIN_QUERIES)),
         ],
         [4, 1, 1],
         [240, 24, 24],  # registers of a thread: what the attending groups need, the others leave

@@ -153,7 +153,8 @@ def plan_items(
     num_tiles = 1
     while num_tiles > 0:
         row, index = find_item(
-            item // NUM_KV_HEADS, query_starts_ptr, context_lens_ptr, num_rows, shares, TILE_QUERIES, MIN_QUERIES)  # fmt: skip
+            item // NUM_KV_HEADS, query_starts_ptr, context_lens_ptr, num_rows, shares,
+            TILE_QUERIES, MIN_QUERIES)  # fmt: skip
         is_item = row < num_rows
         row_start = gl.load(query_starts_ptr + row, mask=is_item, other=0)
         num_queries = gl.load(query_starts_ptr + row + 1, mask=is_item, other=0) - row_start

@@ -13,10 +13,11 @@ import uvicorn
 
 from minillm.config import EngineConfig
 from minillm.engine.async_engine import AsyncEngine, AsyncLimits
+from minillm.engine.collector import keep_what_is_there
 from minillm.engine.driver import EngineDriver
 from minillm.engine.front import load_front_tokenizer
 from minillm.engine.links import Link, ThreadLink
-from minillm.engine.remote import ProcessLink, keep_what_is_there
+from minillm.engine.remote import ProcessLink
 from minillm.errors import ConfigError
 from minillm.server.app import create_app
 from minillm.server.config import ServerConfig

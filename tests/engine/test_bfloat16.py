@@ -36,7 +36,7 @@ VARIANTS = {
         "enable_prefix_caching": True,
     },
     "whole prompts": {"enable_chunked_prefill": False},
-    "preemption": {"num_kv_blocks": 30},
+    "preemption": {"num_kv_blocks": 14},
     "n-gram drafts": {"speculative": "ngram"},
 }
 
