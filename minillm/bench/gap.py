@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minillm.bench.gap_options import GapOptions
+from minillm.bench.gap_streams import own_streams, shared_streams
 from minillm.bench.latency import Outcome, percentile
 from minillm.bench.serve_options import FIRST_TOKEN_ID
 from minillm.bench.stream_client import Planned, Server, connected, find_model
@@ -79,43 +80,25 @@ async def measure(
     if max_len is not None and options.long_len + 1 > max_len:
         raise ConfigError(f"long_len {options.long_len} is too long for the server, whose requests hold {max_len}")
     num_output = options.output_len if max_len is None else min(options.output_len, max_len - options.input_len)
-    async with connected(replace(server, model=model), transport) as client:
-        planned = draw(options.long_len, 1)  # before the streams: it takes this process longer than a token does
-        times: list[list[float]] = [[] for _ in range(options.num_streams)]
-        tasks = [asyncio.create_task(client.send(draw(options.input_len, num_output), each.append)) for each in times]
-        try:
-            await a_chunk_each(times, tasks)
-            began = time.perf_counter()
-            await asyncio.sleep(options.seconds)
-            await a_chunk_each(times, tasks)
-            await a_chunk_each(times, tasks)  # two, so that a gap lies before however slow the server is
-            long = await client.send(planned)
-            if long.error:
-                raise ConfigError(f"the long request failed: {long.error}")
-            await a_chunk_each(times, tasks)  # the gaps that its answer ended in
-            return began, long, times
-        finally:
-            for task in tasks:
-                task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def a_chunk_each(times: Sequence[Sequence[float]], tasks: Sequence[asyncio.Task[Outcome]]) -> None:
-    """Wait until every stream has had another chunk. Raises ConfigError if one has ended."""
-    lengths = [len(each) for each in times]
-    check_running(tasks)
-    while any(len(each) <= length for each, length in zip(times, lengths, strict=True)):
-        await asyncio.sleep(0.01)
-        check_running(tasks)
-
-
-def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
-    """Raise ConfigError if a stream has ended."""
-    for task in tasks:
-        if task.done():
-            error = task.result().error or "all its tokens came: raise output_len, or the server's max_model_len"
-            raise ConfigError(f"a stream ended too early: {error}")
+    server = replace(server, model=model)
+    load = [draw(options.input_len, num_output) for _ in range(options.num_streams)]
+    planned = draw(options.long_len, 1)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connected(server, transport))
+        is_shared = transport is None and options.num_clients > 1
+        streams = await stack.enter_async_context(
+            shared_streams(server, load, options.num_clients) if is_shared else own_streams(client, load)
+        )
+        await streams.next_chunk()
+        began = time.perf_counter()
+        await asyncio.sleep(options.seconds)
+        await streams.next_chunk()
+        await streams.next_chunk()  # two, so that a gap lies before however slow the server is
+        long = await client.send(planned)
+        if long.error:
+            raise ConfigError(f"the long request failed: {long.error}")
+        await streams.next_chunk()  # the gaps that its answer ended in
+        return began, long, await streams.times()
 
 
 def figures_of(began: float, long: Outcome, streams: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from minillm.errors import ConfigError
 
 __all__ = ["GapOptions"]
 
-LEAST = {"num_streams": 1, "input_len": 1, "output_len": 2, "long_len": 1, "vocab_size": FIRST_TOKEN_ID + 1}
+LEAST = {
+    "num_streams": 1,
+    "num_clients": 1,
+    "input_len": 1,
+    "output_len": 2,
+    "long_len": 1,
+    "vocab_size": FIRST_TOKEN_ID + 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,8 @@ class GapOptions:
     """Name of the model; None takes the first that the server lists."""
     num_streams: int = 64
     """Requests that decode when the long prompt arrives."""
+    num_clients: int = 4
+    """Processes that read the streams."""
     input_len: int = 1024
     """Tokens of their prompts."""
     output_len: int = 8192

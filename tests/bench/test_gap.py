@@ -23,7 +23,7 @@ from tests.server.live import TINY, Live, serving
 ENGINE = EngineConfig(
     device="cpu", dtype="float32", max_model_len=2048, num_kv_blocks=1024, max_num_seqs=8, max_num_batched_tokens=64
 )
-SHORT = GapOptions(num_streams=3, input_len=8, long_len=400, seconds=0.3, vocab_size=500)
+SHORT = GapOptions(num_streams=3, num_clients=1, input_len=8, long_len=400, seconds=0.3, vocab_size=500)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,12 @@ def test_gaps_before_and_during() -> None:
     assert figures["long_ttft_ms"] == 4000
 
 
-def test_a_run_against_our_server(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = run(replace(SHORT, base_url=live.url))
+@pytest.mark.parametrize("num_clients", [1, 2, 7])
+def test_a_run_against_our_server(live: Live, capsys: pytest.CaptureFixture[str], num_clients: int) -> None:
+    aborted = live.num_aborted()
+    figures = run(replace(SHORT, base_url=live.url, num_clients=num_clients))
     live.wait_idle()
-    assert live.num_aborted() == SHORT.num_streams, "the streams were not given up"
+    assert live.num_aborted() - aborted == SHORT.num_streams, "the streams were not given up"
     assert figures["num_streams"] == 3 and figures["long_tokens"] == 400
     assert 0 < figures["median_gap_before_ms"] <= figures["max_gap_before_ms"]
     assert figures["max_gap_during_ms"] >= figures["median_gap_during_ms"] > 0
@@ -57,7 +59,9 @@ def test_a_run_against_our_server(live: Live, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_command_line_on_a_server_slower_than_the_seconds_asked_for(live: Live) -> None:
-    command = f"bench gap --base-url {live.url} --num-streams 2 --input-len 5 --long-len 90 --vocab-size 99"
+    command = (
+        f"bench gap --base-url {live.url} --num-streams 2 --input-len 5 --long-len 90 --vocab-size 99 --num-clients 1"
+    )
     result = CliRunner().invoke(app, [*command.split(), "--seconds", "1e-9"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.strip().splitlines()[-1])["long_tokens"] == 90
@@ -69,6 +73,7 @@ def test_the_command_line_on_a_server_slower_than_the_seconds_asked_for(live: Li
         ({"long_len": 2048}, "long_len 2048 is too long"),
         ({"output_len": 2}, "raise output_len"),
         ({"vocab_size": 10_000}, "a stream ended too early: 400"),
+        ({"vocab_size": 10_000, "num_clients": 2}, "a stream ended too early: 400"),
         ({"model": "other"}, "no model 'other'"),
     ],
 )
@@ -101,7 +106,14 @@ class Endless(httpx.AsyncByteStream):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_streams", 0), ("output_len", 1), ("seconds", 0.0), ("vocab_size", 5), ("base_url", "localhost:8000")],
+    [
+        ("num_streams", 0),
+        ("num_clients", 0),
+        ("output_len", 1),
+        ("seconds", 0.0),
+        ("vocab_size", 5),
+        ("base_url", "localhost:8000"),
+    ],
 )
 def test_options_that_cannot_work_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -1,0 +1,155 @@
+"""Streams that go on until they are given up, and when their chunks came: read by this process or by several.
+
+One process takes 6 ms to read a chunk of 64 streams each, which would be taken for the server's. `python -m
+minillm.bench.gap_streams` reads a share of them: a job as one line of JSON on standard input, then a word a line, each of
+which it answers by a line of JSON, or by {"error": ..} once a stream has ended:
+
+    chunk    {} as soon as each stream has had another chunk
+    times    {"times": [[.., ..], ..]}, of each stream's chunks so far
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from minillm.bench.latency import Outcome
+from minillm.bench.stream_client import Planned, Server, StreamClient, connected
+from minillm.engine.collector import keep_what_is_there
+from minillm.errors import ConfigError
+
+__all__ = ["Streams", "own_streams", "shared_streams"]
+
+LINE_BYTES = 2**26
+
+
+class Streams(Protocol):
+    """Running requests. Both raise ConfigError if one has ended."""
+
+    async def next_chunk(self) -> None:
+        """Wait until each has had another chunk."""
+
+    async def times(self) -> list[list[float]]:
+        """When the chunks of each came."""
+
+
+class OwnStreams:
+    """Streams that this process reads."""
+
+    def __init__(self, client: StreamClient, load: Sequence[Planned]) -> None:
+        self._times: list[list[float]] = [[] for _ in load]
+        sent = zip(load, self._times, strict=True)
+        self.tasks = [asyncio.create_task(client.send(planned, times.append)) for planned, times in sent]
+
+    async def next_chunk(self) -> None:
+        lengths = [len(times) for times in self._times]
+        check_running(self.tasks)
+        while any(len(times) <= length for times, length in zip(self._times, lengths, strict=True)):
+            await asyncio.sleep(0.01)
+            check_running(self.tasks)
+
+    async def times(self) -> list[list[float]]:
+        check_running(self.tasks)
+        return self._times
+
+
+@asynccontextmanager
+async def own_streams(client: StreamClient, load: Sequence[Planned]) -> AsyncIterator[Streams]:
+    """Send a load and read it here, until the block ends."""
+    streams = OwnStreams(client, load)
+    try:
+        yield streams
+    finally:
+        for task in streams.tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*streams.tasks, return_exceptions=True)
+
+
+class SharedStreams:
+    """Streams that other processes read."""
+
+    def __init__(self, processes: Sequence[asyncio.subprocess.Process]) -> None:
+        self._processes = processes
+
+    async def next_chunk(self) -> None:
+        await self._ask("chunk")
+
+    async def times(self) -> list[list[float]]:
+        return [times for answer in await self._ask("times") for times in answer["times"]]
+
+    async def _ask(self, word: str) -> list[dict[str, Any]]:
+        return await asyncio.gather(*(ask(process, word) for process in self._processes))
+
+
+@asynccontextmanager
+async def shared_streams(server: Server, load: Sequence[Planned], num_processes: int) -> AsyncIterator[Streams]:
+    """Send a load and read it in several processes, until the block ends."""
+    async with AsyncExitStack() as stack:
+        jobs = [{"server": asdict(server), "load": load[i::num_processes]} for i in range(num_processes)]
+        yield SharedStreams([await stack.enter_async_context(reader(job)) for job in jobs if job["load"]])
+
+
+@asynccontextmanager
+async def reader(job: dict[str, Any]) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process at a job, ended with the block."""
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-m", "minillm.bench.gap_streams")
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE_BYTES)
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        await process.stdin.drain()
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def ask(process: asyncio.subprocess.Process, word: str) -> dict[str, Any]:
+    """A process's answer to a word. Raises ConfigError if it failed."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(word.encode() + b"\n")
+    line = await process.stdout.readline()
+    answer: dict[str, Any] = json.loads(line) if line else {"error": "a client process ended; its error is above"}
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return answer
+
+
+def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+    """Raise ConfigError if a stream has ended."""
+    for task in tasks:
+        if task.done():
+            error = task.result().error or "all its tokens came: raise output_len, or the server's max_model_len"
+            raise ConfigError(f"a stream ended too early: {error}")
+
+
+async def read_share() -> None:
+    """Do what another process asks for, until it closes standard input."""
+    lines = asyncio.StreamReader(limit=LINE_BYTES)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    job = json.loads(await lines.readline())
+    async with connected(Server(**job["server"])) as client:
+        async with own_streams(client, [Planned(*each) for each in job["load"]]) as streams:
+            while word := (await lines.readline()).strip():
+                answer: dict[str, Any] = {}
+                try:
+                    if word == b"chunk":
+                        await streams.next_chunk()
+                    else:
+                        answer["times"] = await streams.times()
+                except ConfigError as error:
+                    answer["error"] = str(error)
+                print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    keep_what_is_there()
+    asyncio.run(read_share())
