@@ -168,9 +168,12 @@ class RopeScaling:
         check_between(self, names, *SCALES)
         if self.attention_factor is not None:
             check_between(self, ("attention_factor",), *SCALES)
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not getattr(self, low) < getattr(self, high):
-                raise ConfigError(f"{low} {getattr(self, low)} is not below {high} {getattr(self, high)}")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
+        if self.beta_slow > self.beta_fast:
+            raise ConfigError(f"beta_slow {self.beta_slow} is above beta_fast {self.beta_fast}")
 
 
 @dataclass(frozen=True, kw_only=True)

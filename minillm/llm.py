@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minillm.config import EngineConfig
 from minillm.engine.beams import BeamRun
-from minillm.engine.collector import keep_what_is_there
+from minillm.engine.collector import sparing_what_is_there
 from minillm.engine.interrupts import interrupts_deferred
 from minillm.engine.launch import DEFAULT_MODEL, launch
 from minillm.engine.output import TextStream, beam_output
@@ -69,8 +69,8 @@ class LLM:
         self._is_stepping = False
         self._left: list[TextStream] = []
         """Streams that the garbage collector closed in the middle of a step."""
-        keep_what_is_there()
 
+    @sparing_what_is_there()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -101,10 +103,8 @@ async def reader(job: dict[str, Any]) -> AsyncIterator[asyncio.subprocess.Proces
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "minillm.bench.gap_streams")
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE_BYTES)
-    assert process.stdin is not None
     try:
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        await process.stdin.drain()
+        await tell(process, json.dumps(job))
         yield process
     finally:
         if process.returncode is None:
@@ -112,15 +112,32 @@ async def reader(job: dict[str, Any]) -> AsyncIterator[asyncio.subprocess.Proces
         await process.wait()
 
 
+async def tell(process: asyncio.subprocess.Process, line: str) -> None:
+    """Send a process a line. Raises ConfigError if it is no more."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(line.encode() + b"\n")
+        await process.stdin.drain()
+    except ConnectionError as error:
+        raise await ended(process) from error
+
+
 async def ask(process: asyncio.subprocess.Process, word: str) -> dict[str, Any]:
     """A process's answer to a word. Raises ConfigError if it failed."""
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(word.encode() + b"\n")
+    await tell(process, word)
+    assert process.stdout is not None
     line = await process.stdout.readline()
-    answer: dict[str, Any] = json.loads(line) if line else {"error": "a client process ended; its error is above"}
+    if not line:
+        raise await ended(process)
+    answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise ConfigError(answer["error"])
     return answer
+
+
+async def ended(process: asyncio.subprocess.Process) -> ConfigError:
+    """What to raise about a process that is no more."""
+    return ConfigError(f"a client process ended too early, with status {await process.wait()}")
 
 
 def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
@@ -132,24 +149,38 @@ def check_running(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
 
 
 async def read_share() -> None:
-    """Do what another process asks for, until it closes standard input."""
+    """Do what another process asks for, until it closes standard input or is no more."""
     lines = asyncio.StreamReader(limit=LINE_BYTES)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     job = json.loads(await lines.readline())
     async with connected(Server(**job["server"])) as client:
         async with own_streams(client, [Planned(*each) for each in job["load"]]) as streams:
-            while word := (await lines.readline()).strip():
-                answer: dict[str, Any] = {}
-                try:
-                    if word == b"chunk":
-                        await streams.next_chunk()
-                    else:
-                        answer["times"] = await streams.times()
-                except ConfigError as error:
-                    answer["error"] = str(error)
-                print(json.dumps(answer), flush=True)
+            word = await lines.readline()
+            while word:
+                answer, following = asyncio.create_task(answer_to(word, streams)), asyncio.create_task(lines.readline())
+                await asyncio.wait((answer, following), return_when=asyncio.FIRST_COMPLETED)
+                if following.done():  # nobody asks again before an answer: this is the end
+                    answer.cancel()
+                    return
+                print(json.dumps(answer.result()), flush=True)
+                word = await following
+
+
+async def answer_to(word: bytes, streams: Streams) -> dict[str, Any]:
+    """What a word is answered by."""
+    try:
+        if word.strip() == b"times":
+            return {"times": await streams.times()}
+        await streams.next_chunk()
+        return {}
+    except ConfigError as error:
+        return {"error": str(error)}
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     keep_what_is_there()
-    asyncio.run(read_share())
+    try:
+        asyncio.run(read_share())
+    except BrokenPipeError:  # the one that asked is no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more as it ends

@@ -109,7 +109,7 @@ class StreamClient:
 def read_lines(lines: Sequence[tuple[float, bytes]], outcome: Outcome) -> None:
     """Note what the events of a stream brought, each a line; this waits for its end, to be out of the way of others."""
     try:
-        for (came, _), event in zip(lines, events_in(line for _, line in lines), strict=False):
+        for event, (came, _) in zip(events_in(line for _, line in lines), lines, strict=False):
             text, _, usage = parts_of(event)
             if text:
                 outcome.chunk_times.append(came)

@@ -20,7 +20,7 @@ from minillm.errors import ConfigError
 __all__ = ["Budget", "SchedulerLimits"]
 
 MANY_ROWS = 96
-"""Decodes from which on a step may take all of the soft cap."""
+"""Tokens of decodes, drafts among them, from which on a step may take all of the soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class SchedulerLimits:
         return min(self.min_chunk_size, self.max_chunk_size or cap, max(1, cap // 2))
 
     def soft_cap_of(self, num_decode_tokens: int) -> float:
-        """Equivalent tokens of a step with so many decodes; 0 without a soft cap."""
+        """Equivalent tokens of a step with so many of decodes; 0 without a soft cap."""
         most = self.soft_cap or 0
         few = min(most, self.soft_cap_few or most)
         return few + (most - few) * min(1.0, num_decode_tokens / MANY_ROWS)

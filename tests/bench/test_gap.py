@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -93,6 +98,30 @@ def test_a_long_request_that_fails_says_why() -> None:
 
     with pytest.raises(ConfigError, match="long request failed: 429: busy"):
         run(replace(SHORT, seconds=0.01), transport=httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize("program", ["false", "true"])
+def test_a_client_process_that_ends_says_so(live: Live, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", shutil.which(program))
+    with pytest.raises(ConfigError, match=f"client process ended too early, with status {int(program == 'false')}"):
+        run(replace(SHORT, base_url=live.url, num_clients=2))
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_client_processes_end_with_the_one_that_asks(live: Live, end: signal.Signals) -> None:
+    """Whatever ends it, and in the middle of a question."""
+    command = f"bench gap --base-url {live.url} --num-streams 2 --input-len 5 --long-len 90 --vocab-size 99"
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "minillm", *command.split(), "--num-clients", "2", "--seconds", "60"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    live.wait_until(lambda: live.engine.num_unfinished == 2)
+    os.killpg(asking.pid, end) if end is signal.SIGINT else asking.send_signal(end)
+    _, errors = asking.communicate(timeout=30)
+    assert b"Traceback" not in errors
+    live.wait_idle()
 
 
 class Endless(httpx.AsyncByteStream):

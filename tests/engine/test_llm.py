@@ -252,11 +252,27 @@ def test_weights_and_cache_are_freed_with_the_object() -> None:
         gc.enable()
 
 
-def test_the_collector_spares_what_start_up_made() -> None:
-    """A full walk over what torch alone brings takes a tenth of a second, in which no token would come."""
+def test_the_collector_spares_what_was_there_while_tokens_are_made(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full walk over what torch alone brings takes a tenth of a second."""
+    step, num_spared = llm.engine.step, []
+
+    def spied() -> Any:
+        num_spared.append(gc.get_freeze_count())
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", spied)
     gc.unfreeze()
-    with LLM("random:tiny-llama", **OPTIONS):
-        assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    llm.generate([[5, 6, 7]], GREEDY)
+    with pytest.raises(RequestError):
+        llm.generate([[]], GREEDY)
+    assert min(num_spared) > 10_000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        llm.generate([[5, 6, 7]], GREEDY)
+        assert gc.get_freeze_count() > 10_000, "somebody else's choice"
+    finally:
+        gc.unfreeze()
 
 
 def test_after_close_it_says_so() -> None:

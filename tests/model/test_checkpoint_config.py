@@ -139,7 +139,7 @@ def test_families_differ_in_biases_and_norms(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "factor must be a finite number"),
         ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4, "factor": 8}}, "below"),
         (yarn(beta_fast=0), "beta_fast must be a number above"),
-        (yarn(beta_fast=2, beta_slow=2), "beta_slow 2.0 is not below beta_fast 2.0"),
+        (yarn(beta_fast=2, beta_slow=3), "beta_slow 3.0 is above beta_fast 2.0"),
         (yarn(attention_factor=1e39), "attention_factor must be a number above"),
         (yarn(mscale=-10 / math.log(4), mscale_all_dim=1), "mscale and mscale_all_dim must be numbers from 0"),
         (yarn(mscale=1, mscale_all_dim=-10 / math.log(4)), "mscale and mscale_all_dim must be numbers from 0"),
