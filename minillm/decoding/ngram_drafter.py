@@ -8,9 +8,7 @@ rule by which guesses are kept.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
 
 from minillm.core.request import Request
 
@@ -44,21 +42,22 @@ def guess(tokens: array[int], num_drafts: int) -> list[int]:
     return [tokens[place + i % period] for i in range(num_drafts)]
 
 
-def places(tokens: array[int]) -> list[int]:
+def places(tokens: array[int]) -> Iterator[int]:
     """Where the tokens lie that followed the last n-gram before, the last one first, at most MAX_PLACES.
 
-    >>> places(array("i", [1, 2, 3, 1, 2, 4, 1, 2]))
+    >>> list(places(array("i", [1, 2, 3, 1, 2, 4, 1, 2])))
     [5, 2]
     """
-    num_places = len(tokens) - NGRAM
-    if num_places <= 0:
-        return []
-    context = np.frombuffer(tokens, np.int32)
-    is_equal = context[:num_places] == tokens[-NGRAM]
-    for i in range(1, NGRAM):
-        is_equal &= context[i : num_places + i] == tokens[i - NGRAM]
-    found: list[int] = (is_equal.nonzero()[0][-MAX_PLACES:] + NGRAM).tolist()
-    return found[::-1]
+    if len(tokens) <= NGRAM:
+        return
+    text, size = tokens.tobytes(), tokens.itemsize
+    ngram = text[-NGRAM * size :]
+    end, num_found = len(text) - size, 0
+    while num_found < MAX_PLACES and (at := text.rfind(ngram, 0, end)) >= 0:
+        end = at + len(ngram) - 1
+        if at % size == 0:  # or the bytes are parts of other tokens
+            num_found += 1
+            yield at // size + NGRAM
 
 
 def count_equal(tokens: Sequence[int], place: int) -> int:
@@ -67,8 +66,10 @@ def count_equal(tokens: Sequence[int], place: int) -> int:
     >>> count_equal([1, 2, 3, 9, 1, 2, 3], 3)
     3
     """
-    num_equal, end = 0, len(tokens)
-    while num_equal < min(place, MAX_MATCH) and tokens[place - 1 - num_equal] == tokens[end - 1 - num_equal]:
+    num_equal = 0
+    for before, last in zip(tokens[max(0, place - MAX_MATCH) : place][::-1], tokens[-MAX_MATCH:][::-1], strict=False):
+        if before != last:
+            break
         num_equal += 1
     return num_equal
 
@@ -82,7 +83,7 @@ class NgramDrafter:
 
     def has_guess(self, request: Request) -> bool:
         """Whether its last tokens came before."""
-        return bool(places(request.tokens))
+        return any(places(request.tokens))
 
     def go_on(self) -> None:
         """To look it up when the tokens are known costs less."""

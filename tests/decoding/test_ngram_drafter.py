@@ -39,6 +39,12 @@ def test_what_never_stood_before_has_no_guess() -> None:
     assert [guess(array("i", range(n)), 4) for n in (0, 1, 2, 50)] == [[], [], [], []]
 
 
+def test_bytes_that_are_parts_of_other_tokens_are_no_match() -> None:
+    shifted = [1 << 16] * 3 + [1 << 8] * 2  # the last two's bytes come before, one byte off
+    assert guess(array("i", shifted), 1) == []
+    assert guess(array("i", [1 << 8, 1 << 8, 7, *shifted]), 1) == [7]
+
+
 def test_matches_are_compared_up_to_a_bound() -> None:
     assert count_equal([1] * 100, 50) == MAX_MATCH
     assert count_equal([1] * 10, 3) == 3
