@@ -20,11 +20,12 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, compress
 
 import numpy as np
 
 from minillm.core.plan import StepPlan
-from minillm.runtime.rows import Ints, Rows
+from minillm.runtime.rows import FILTERED, RANDOM, Ints, Rows
 
 NUM_ROW_COLUMNS = 5
 NUM_SAMPLE_COLUMNS = 3
@@ -88,6 +89,8 @@ class ScoreWords:
 class StepWords:
     """The words of a step in order, and what the host knows about it."""
 
+    inputs: Ints
+    """int32, flat: the three below, which are views of it."""
     samples: Ints
     """int32 [3, L]: token of the batch whose logits are sampled, seat, position of the sampled token."""
     columns: Ints
@@ -97,20 +100,13 @@ class StepWords:
     deltas: tuple[Ints, ...]
     """int32 arrays: places, blocks, seated rows, parameters, from, to; mostly all are empty."""
     order: Ints
-    """Planned row of each row of the batch."""
-    num_logits: Ints
-    """Rows of logits that are sampled, per row of the batch."""
-    num_rows: int
-    """Rows of the plan; the three below count those of the batch, padding too."""
+    """Planned row of each row of the batch, drafts that became rows aside."""
     num_tokens: int
+    """Of the batch, padding too."""
     num_decodes: int
     """Rows in front that may have one token; none behind them has."""
-    num_samples: int
-    """Rows of logits."""
     has_drafts: bool
     """Whether rows in front may share a seat."""
-    max_query_len: int
-    max_context_len: int
     is_random: bool
     is_filtered: bool
     edits: EditWords | None = None
@@ -118,75 +114,142 @@ class StepWords:
     scores: ScoreWords | None = None
     """None: nobody asks for logprobs."""
 
+    @property
+    def num_samples(self) -> int:
+        """Rows of logits."""
+        num: int = self.samples.shape[1]
+        return num
+
+    @property
+    def max_query_len(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.columns[2].max())
+
+    @property
+    def max_context_len(self) -> int:
+        """Tokens of the longest row, with those computed before."""
+        return int((self.columns[1] + self.columns[2]).max())
+
 
 def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
-    """Lay a plan out as words, and note its new seats in `rows`' host state."""
-    seated_rows, params = rows.seat(plan)
-    places, blocks = rows.block_words(plan)
-    counts = column(plan.counts)
+    """Lay a plan out as words, and note its new seats in `rows`' host state.
+
+    The device waits for this where rows have drafts. For few rows a call of numpy costs more than what it does.
+    """
+    deltas = rows.delta_words(plan)
     parts = draft_parts(plan, shapes)
-    order = np.argsort(counts > parts, kind="stable").astype(np.int32)
-    counts, parts = counts[order], parts[order]
-    num_tokens = column(plan.num_tokens)
-    token_offsets = np.where(num_tokens > 0, np.cumsum(num_tokens) - num_tokens, -1)[order]
-    ends = np.cumsum(counts, dtype=np.int32)
-    starts = column(plan.starts)[order]
-    seats = column(plan.rows)[order]
-    num_logits = column(plan.num_samples)[order]
-    logit_seats, positions = np.repeat(seats, num_logits), trailing(starts + counts + 1, num_logits)
-    samples = np.stack([trailing(ends, num_logits), logit_seats, positions]).astype(np.int32)
-    copies = column(plan.copies).reshape(-1, 2)
-    columns = np.stack([seats, starts, counts, ends - counts, token_offsets]).astype(np.int32)
-    tokens = column(plan.tokens)
-    is_random, is_filtered = (bool(kind[logit_seats].any()) for kind in (rows.is_random_S, rows.is_filtered_S))
-    has_drafts = bool(parts.max() > 1)
-    if has_drafts:
-        columns = split_rows(columns, parts)
-    num_batched, num_decodes = int(ends[-1]), int((columns[2] == 1).sum())
-    if num_decodes == num_batched and num_logits.all():
-        sizes = shapes.draft_sizes if has_drafts else shapes.decode_sizes
-        columns = with_rows(columns, padded_size(num_decodes, sizes), num_decodes, tokens_each=1)
-        num_batched = num_decodes = columns.shape[1]
+    laid, order = row_columns(plan, parts)
+    num_rows, num_batched, num_sampled = laid.shape[1], sum(plan.counts), sum(plan.num_samples)
+    has_drafts = parts is not None
+    is_decode = num_rows == num_batched == num_sampled
+    if is_decode:
+        num_padded = padded_size(num_rows, shapes.draft_sizes if has_drafts else shapes.decode_sizes)
+        num_tokens = num_decodes = num_padded
     elif num_batched <= max(shapes.mixed_sizes, default=0):
-        columns = with_rows(columns, shapes.num_rows, num_batched, tokens_each=0)
-        num_batched, num_decodes = padded_size(num_batched, shapes.mixed_sizes), shapes.num_rows
+        num_padded = num_decodes = shapes.num_rows
+        num_tokens = padded_size(num_batched, shapes.mixed_sizes)
+    else:
+        num_padded, num_decodes, num_tokens = num_rows, int((laid[2] == 1).sum()), num_batched
+    num_samples, num_known = num_sampled, len(plan.tokens)
     if shapes.decode_sizes:
-        tokens = with_zeros(tokens, num_batched)
-        num_samples = padded_size(samples.shape[1], shapes.decode_sizes) if samples.size else 0
-        samples = with_zeros(samples, num_samples)
+        num_samples, num_known = num_sampled and padded_size(num_sampled, shapes.decode_sizes), num_tokens
+    sizes = NUM_SAMPLE_COLUMNS * num_samples, NUM_ROW_COLUMNS * num_padded
+    inputs = np.zeros(sum(sizes) + num_known, np.int32)
+    samples = inputs[: sizes[0]].reshape(NUM_SAMPLE_COLUMNS, num_samples)
+    columns = inputs[sizes[0] : sum(sizes)].reshape(NUM_ROW_COLUMNS, num_padded)
+    tokens = inputs[sum(sizes) :]
+    lay_samples(samples[:, :num_sampled], laid, is_decode)
+    columns[:, :num_rows] = laid[:NUM_ROW_COLUMNS]
+    if num_rows < num_padded:
+        pad_rows(columns[:, num_rows:], num_batched, tokens_each=int(is_decode))
+    tokens[: len(plan.tokens)] = column(plan.tokens)
+    kind = max(map(rows.kinds.__getitem__, compress(plan.rows, plan.num_samples)), default=0)
     return StepWords(
+        inputs=inputs,
         samples=samples,
         columns=columns,
         tokens=tokens,
-        deltas=(places, blocks, seated_rows, params.reshape(-1), copies[:, 0], copies[:, 1]),
+        deltas=deltas,
         order=order,
-        num_logits=num_logits,
-        num_rows=len(order),
-        num_tokens=num_batched,
+        num_tokens=num_tokens,
         num_decodes=num_decodes,
-        num_samples=samples.shape[1],
         has_drafts=has_drafts,
-        max_query_len=int(columns[2].max()),
-        max_context_len=int((starts + counts).max()),
-        is_random=is_random,
-        is_filtered=is_filtered,
+        is_random=kind >= RANDOM,
+        is_filtered=kind >= FILTERED,
     )
 
 
-def draft_parts(plan: StepPlan, shapes: PaddedShapes) -> Ints:
-    """Rows of the batch that a planned row becomes: each token one if they are a last token and its drafts."""
-    counts, num_samples = column(plan.counts), column(plan.num_samples)
-    parts = np.where(counts == num_samples, counts, 1)
-    return parts if shapes.draft_sizes and parts.sum() <= shapes.num_rows else np.ones_like(counts)
+def draft_parts(plan: StepPlan, shapes: PaddedShapes) -> list[int] | None:
+    """Rows of the batch that a planned row becomes: each token one if they are a last token and its drafts.
+
+    None if each stays one row.
+    """
+    counts = plan.counts
+    if not shapes.draft_sizes or max(counts) == 1:
+        return None
+    parts = [count if count == num else 1 for count, num in zip(counts, plan.num_samples, strict=True)]
+    return parts if len(parts) < sum(parts) <= shapes.num_rows else None
 
 
-def split_rows(columns: Ints, parts: Ints) -> Ints:
-    """Row columns with parts[i] rows for row i, one for each of its tokens where that is more than one."""
-    owners, within = places_of(parts)
-    columns = columns[:, owners]
-    columns[[1, 3, 4]] += within  # start, first token, offset: 0 for rows that stay whole
-    columns[2] -= parts[owners] - 1
-    return columns
+def row_columns(plan: StepPlan, parts: list[int] | None) -> tuple[Ints, Ints]:
+    """Columns [6, R] of the batch's rows, the sixth how many of their tokens are sampled; the planned rows' order."""
+    counts, num_samples = plan.counts, plan.num_samples
+    if parts is not None:
+        counts, num_samples = less(counts, parts), less(num_samples, parts)
+    firsts, offsets = sums_before(plan.counts), sums_before(plan.num_tokens)
+    flat = bytearray().join((plan.rows, plan.starts, counts, firsts, offsets, num_samples))
+    laid = np.frombuffer(flat, np.int32).reshape(NUM_ROW_COLUMNS + 1, -1)
+    if 0 in plan.num_tokens:
+        laid[4, column(plan.num_tokens) == 0] = -1
+    order = np.arange(len(counts), dtype=np.int32)
+    is_ordered = len(counts) == 1 or max(counts) == 1
+    if not is_ordered:
+        order = (laid[2] > 1).argsort(kind="stable").astype(np.int32)
+        laid = laid[:, order]
+        parts = parts and [parts[i] for i in order.tolist()]
+    if parts is not None:
+        within = np.fromiter(chain.from_iterable(map(range, parts)), np.int32)
+        laid = laid.repeat(parts, axis=1)
+        laid[1] += within  # start; then first token and offset
+        laid[3:5] += within
+    if not is_ordered:
+        laid[3] = laid[2].cumsum() - laid[2]
+    return laid, order
+
+
+def less(counts: array[int], parts: list[int]) -> array[int]:
+    """Of each row's `counts` tokens those that each of its parts has: one, or all."""
+    return array("i", [count - part + 1 for count, part in zip(counts, parts, strict=True)])
+
+
+def sums_before(counts: array[int]) -> array[int]:
+    """Where counts[i] things begin, laid end to end.
+
+    >>> sums_before(array("i", [3, 1, 2]))
+    array('i', [0, 3, 4])
+    """
+    return array("i", accumulate(counts, initial=0))[:-1]
+
+
+def lay_samples(samples: Ints, laid: Ints, is_decode: bool) -> None:
+    """Note what is sampled of rows; `is_decode`: each of them, which has one token."""
+    seats, starts, counts, firsts, _, num_samples = laid
+    if is_decode:
+        samples[0], samples[1], samples[2] = firsts, seats, starts + 1
+    else:
+        owners, within = places_of(num_samples)
+        within += (counts - num_samples)[owners]
+        samples[0], samples[1], samples[2] = firsts[owners] + within, seats[owners], starts[owners] + within + 1
+
+
+def pad_rows(columns: Ints, first_token: int, *, tokens_each: int) -> None:
+    """Let rows of zeros be padding: of seat 0, whose table leads to block 0.
+
+    Such a row has no token, or computes its last one again at position 0; their tokens begin at `first_token`.
+    """
+    columns[2] = tokens_each
+    columns[3] = np.arange(columns.shape[1]) * tokens_each + first_token
+    columns[4] = -1
 
 
 def column(values: array[int]) -> Ints:
@@ -202,24 +265,6 @@ def padded_size(num_rows: int, sizes: Sequence[int]) -> int:
     """
     at = bisect_left(sizes, num_rows)
     return sizes[at] if at < len(sizes) else num_rows
-
-
-def with_zeros(words: Ints, size: int) -> Ints:
-    """`words` [..., n] with zeros behind them, up to `size`."""
-    return np.concatenate([words, np.zeros((*words.shape[:-1], max(0, size - words.shape[-1])), np.int32)], axis=-1)
-
-
-def with_rows(columns: Ints, size: int, first_token: int, *, tokens_each: int) -> Ints:
-    """Row columns with rows of seat 0, whose table leads to block 0, behind them, up to `size` rows.
-
-    Such a row has no token, or computes its last one again at position 0; their tokens begin at `first_token`.
-    """
-    num = max(0, size - columns.shape[1])
-    padding = np.zeros((NUM_ROW_COLUMNS, num), np.int32)
-    padding[2] = tokens_each
-    padding[3] = first_token + np.arange(num) * tokens_each
-    padding[4] = -1
-    return np.concatenate([columns, padding], axis=1)
 
 
 def trailing(ends: Ints, counts: Ints) -> Ints:
@@ -238,6 +283,6 @@ def places_of(counts: Ints) -> tuple[Ints, Ints]:
     >>> [part.tolist() for part in places_of(np.array([2, 0, 1]))]
     [[0, 0, 2], [0, 1, 0]]
     """
-    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    firsts = np.cumsum(counts, dtype=np.int32) - counts
+    owners = np.arange(len(counts), dtype=np.int32).repeat(counts)
+    firsts = counts.cumsum(dtype=np.int32) - counts
     return owners, np.arange(len(owners), dtype=np.int32) - firsts[owners]

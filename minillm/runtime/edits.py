@@ -77,7 +77,7 @@ class LogitEdits:
             edits = seat.params.edits
             self.is_edited_S[seat.row] = edits is not None
             self.has_grammar_S[seat.row] = edits is not None and edits.has_grammar
-        if not self.is_edited_S.any():
+        if not np.count_nonzero(self.is_edited_S):  # faster than any()
             return None
         seated, num_prompt = self._seat_words([seat for seat in plan.seats if seat.params.edits is not None])
         columns, num_masks = self._step_columns(plan, order)

@@ -33,6 +33,7 @@ class LogprobRows:
         self.num_top_S = np.full(num_seats, -1, np.int32)
         self.num_prompt_top_S = np.full(num_seats, -1, np.int32)
         self._tokens: dict[int, Ints] = {}
+        self._is_asked = False
 
     def words(self, plan: StepPlan, order: Ints) -> ScoreWords | None:
         """Note the plan's new seats, and list the tokens whose logprobs the step reports; None if there are none.
@@ -45,7 +46,9 @@ class LogprobRows:
             if seat.params.num_prompt_logprobs >= 0:
                 assert seat.tokens is not None
                 self._tokens[seat.row] = column(seat.tokens)
-        if self.num_top_S.max() < 0 and self.num_prompt_top_S.max() < 0:
+        if plan.seats:
+            self._is_asked = bool(max(self.num_top_S.max(), self.num_prompt_top_S.max()) >= 0)
+        if not self._is_asked:
             return None
         rows_R, num_R = column(plan.rows)[order], column(plan.num_samples)[order]
         num_top_R = self.num_top_S[rows_R]

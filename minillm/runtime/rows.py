@@ -19,10 +19,13 @@ Ints = NDArray[np.int32]
 
 # Columns of a row's parameters, as 32-bit words: temperature, top_k, top_p, min_p, seed (low word, high word).
 NUM_PARAM_WORDS = 6
+RANDOM, FILTERED = 1, 2
+"""Ways of sampling; a filtered row is random."""
+NO_DELTAS: tuple[Ints, ...] = (np.zeros(0, np.int32),) * 6
 
 
 class Rows:
-    """Resident tensors by seat. `block_words` and `param_words` turn a plan's deltas into words to be scattered."""
+    """Resident tensors by seat. `delta_words` turns a plan's deltas into words to be scattered."""
 
     def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
         self.max_blocks = max_blocks
@@ -30,21 +33,30 @@ class Rows:
         self.last_tokens_S = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.params_4S = torch.zeros(4, num_rows, dtype=torch.int32, device=device)
         self.seeds_S = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        # The host's copy of what decides which kernels run.
-        self.is_random_S = np.zeros(num_rows, dtype=bool)
-        self.is_filtered_S = np.zeros(num_rows, dtype=bool)
+        # The host's copy of what decides which kernels run: 0, RANDOM or FILTERED.
+        self.kinds = [0] * num_rows
 
-    def seat(self, plan: StepPlan) -> tuple[Ints, Ints]:
-        """Note the plan's new seats on the host; return their rows and parameter words, int32 [n] and [n, 6]."""
+    def delta_words(self, plan: StepPlan) -> tuple[Ints, ...]:
+        """What the plan changes, for `scatter` and the cache, and a note of its new seats on the host.
+
+        Flat int32 arrays: places in the block tables, what goes there, seated rows, their parameters, blocks to copy
+        from, and to.
+        """
+        if not (plan.seats or plan.blocks or plan.copies):
+            return NO_DELTAS
+        copies = np.frombuffer(plan.copies, np.int32)
+        return *self._block_words(plan), *self._seat(plan), copies[::2], copies[1::2]
+
+    def _seat(self, plan: StepPlan) -> tuple[Ints, Ints]:
+        """Note the plan's new seats on the host; return their rows [n] and parameter words [6 n]."""
         rows = np.fromiter((s.row for s in plan.seats), np.int32, len(plan.seats))
         words = np.zeros((len(rows), NUM_PARAM_WORDS), np.int32)
         for i, seat in enumerate(plan.seats):
             words[i] = param_words(seat.params)
-            self.is_random_S[seat.row] = seat.params.temperature > 0
-            self.is_filtered_S[seat.row] = seat.params.temperature > 0 and is_filtered(seat.params)
-        return rows, words
+            self.kinds[seat.row] = kind_of(seat.params)
+        return rows, words.reshape(-1)
 
-    def block_words(self, plan: StepPlan) -> tuple[Ints, Ints]:
+    def _block_words(self, plan: StepPlan) -> tuple[Ints, Ints]:
         """Flat places in the block tables and what goes there, int32 [n] each: new seats' tables, then the rest."""
         triples = np.frombuffer(plan.blocks, np.int32).reshape(-1, 3)
         places = [np.arange(len(s.blocks), dtype=np.int32) + s.row * self.max_blocks for s in plan.seats]
@@ -70,6 +82,8 @@ def param_words(params: RowParams) -> Ints:
     return np.array([floats[0], params.top_k, floats[1], floats[2], seed[0], seed[1]], np.int32)
 
 
-def is_filtered(params: RowParams) -> bool:
-    """Whether top_k, top_p or min_p can drop a token."""
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+def kind_of(params: RowParams) -> int:
+    """How a row is sampled: 0 for the likeliest token, RANDOM, or FILTERED if top_k, top_p or min_p can drop one."""
+    if params.temperature <= 0:
+        return 0
+    return FILTERED if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 else RANDOM

@@ -25,7 +25,7 @@ from minillm.kernels.edits_reference import NUM_EDIT_COLUMNS
 from minillm.kernels.sampling_reference import NOT_FINITE
 from minillm.model.batch import ForwardBatch
 from minillm.model.transformer import Transformer
-from minillm.runtime.batching import PaddedShapes, StepWords, step_words
+from minillm.runtime.batching import PaddedShapes, StepWords, step_words, trailing
 from minillm.runtime.cuda_graphs import Finished, StepGraphs
 from minillm.runtime.edits import LogitEdits
 from minillm.runtime.logprobs import LogprobRows, logprob_columns, score_step
@@ -345,25 +345,28 @@ class Bounds(NamedTuple):
 
 def step_result(plan: StepPlan, words: StepWords, samples: Ints, seconds: float) -> StepResult:
     """Sort the samples of a batch back into the plan's rows, keep the drafts that hold, and name the failed rows."""
-    ends = np.empty(words.num_rows, np.int64)
-    ends[words.order] = np.cumsum(words.num_logits)
     counts = array("i", plan.num_samples)
+    in_order, order = samples[: sum(counts)], words.order
+    if order.tolist() != list(range(len(order))):
+        num_R = np.frombuffer(plan.num_samples, np.int32)
+        ends_R = np.empty_like(num_R)
+        ends_R[order] = num_R[order].cumsum()
+        in_order = samples[trailing(ends_R, num_R)]
     if max(counts, default=0) <= 1:
-        is_sampled = np.frombuffer(counts, np.int32) > 0
-        tokens = array("i", samples[ends[is_sampled] - 1].astype(np.int32).tobytes())
+        tokens = array("i", in_order.astype(np.int32).tobytes())
     else:
-        tokens, sampled, sample_ends = array("i"), samples.tolist(), ends.tolist()
-        drafts_ends = np.cumsum(np.frombuffer(plan.num_tokens, np.int32)).tolist()
-        for row, num_samples in enumerate(plan.num_samples):
+        tokens, sampled, end, drafts_end = array("i"), in_order.tolist(), 0, 0
+        for row, (num_samples, num_tokens) in enumerate(zip(plan.num_samples, plan.num_tokens, strict=True)):
+            end += num_samples
+            drafts_end += num_tokens
             if num_samples:
-                end, drafts_end = sample_ends[row], drafts_ends[row]
                 drafts = plan.tokens[drafts_end - num_samples + 1 : drafts_end] if num_samples > 1 else []
                 gained = verified(sampled[end - num_samples : end], drafts)
                 counts[row] = len(gained)
                 tokens.extend(gained)
     failed = array("i")
     if NOT_FINITE in tokens:
-        owners = np.repeat(np.arange(words.num_rows, dtype=np.int32), np.frombuffer(counts, np.int32))
+        owners = np.repeat(np.arange(len(counts), dtype=np.int32), np.frombuffer(counts, np.int32))
         is_bad = np.frombuffer(tokens, np.int32) == NOT_FINITE
         failed.extend(np.unique(owners[is_bad]).tolist())
     logprobs = None

@@ -41,23 +41,30 @@ class StepBuffer:
         self._middle = -(-NUM_SAMPLE_COLUMNS * self._num_tokens // ALIGNMENT) * ALIGNMENT
         size = self._middle + NUM_ROW_COLUMNS * shapes.num_rows + self._num_tokens
         self._words = torch.zeros(size, dtype=torch.int32, device=device)
+        self._places: dict[tuple[int, int, int], tuple[Tensor, DeviceWords]] = {}
 
     def inputs(self, num_samples: int, num_rows: int, num_tokens: int) -> DeviceWords:
         """Where the inputs of a step of this shape lie."""
-        return split(self._place(num_samples, num_rows, num_tokens), num_samples, num_rows)
+        return self._place(num_samples, num_rows, num_tokens)[1]
 
     def send(self, words: StepWords) -> DeviceWords:
         """Copy a step's inputs there."""
         num_samples, num_rows, num_tokens = words.num_samples, words.columns.shape[1], len(words.tokens)
-        host = on_host((words.samples, words.columns, words.tokens), self._device)
+        host = on_host((words.inputs,), self._device)
         if num_tokens > self._num_tokens or num_rows > self._num_rows or num_samples > self._num_tokens:
             return split(host.to(self._device, non_blocking=True), num_samples, num_rows)
-        place = self._place(num_samples, num_rows, num_tokens)
-        return split(place.copy_(host, non_blocking=True), num_samples, num_rows)
+        flat, sent = self._place(num_samples, num_rows, num_tokens)
+        flat.copy_(host, non_blocking=True)
+        return sent
 
-    def _place(self, num_samples: int, num_rows: int, num_tokens: int) -> Tensor:
-        begin = self._middle - NUM_SAMPLE_COLUMNS * num_samples
-        return self._words[begin : self._middle + NUM_ROW_COLUMNS * num_rows + num_tokens]
+    def _place(self, num_samples: int, num_rows: int, num_tokens: int) -> tuple[Tensor, DeviceWords]:
+        """The place of a shape, flat and split; kept, as a view takes longer to make than a few words to copy."""
+        shape = num_samples, num_rows, num_tokens
+        if shape not in self._places:
+            begin = self._middle - NUM_SAMPLE_COLUMNS * num_samples
+            flat = self._words[begin : self._middle + NUM_ROW_COLUMNS * num_rows + num_tokens]
+            self._places[shape] = flat, split(flat, num_samples, num_rows)
+        return self._places[shape]
 
 
 def split(words: Tensor, num_samples: int, num_rows: int) -> DeviceWords:

@@ -15,13 +15,13 @@ CPU = torch.device("cpu")
 SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8,), num_rows=5)
 
 
-def words_of(counts: list[int], *, num_samples: list[int]) -> StepWords:
+def words_of(counts: list[int], *, num_samples: list[int], shapes: PaddedShapes = SHAPES) -> StepWords:
     """A step of rows of so many tokens each, numbered through."""
     tokens = array("i", range(100, 100 + sum(counts)))
     columns = [array("i", values) for values in (range(1, len(counts) + 1), [20] * len(counts), counts, num_samples)]
     plan = StepPlan(step=1, requests=columns[0], rows=columns[0], starts=columns[1], counts=columns[2])
     plan.num_samples, plan.num_logits, plan.num_tokens, plan.tokens = columns[3], columns[3], columns[2], tokens
-    return step_words(plan, Rows(8, 8, CPU), SHAPES)
+    return step_words(plan, Rows(8, 8, CPU), shapes)
 
 
 def test_what_is_sent_lies_in_the_place_of_its_shape() -> None:
@@ -47,6 +47,14 @@ def test_samples_lie_in_one_place_however_many_tokens_there_are() -> None:
     buffer = StepBuffer(SHAPES, CPU)
     sent = [buffer.send(words_of([count], num_samples=[1])) for count in (1, 5, 8)]
     assert len({words.samples_3L.data_ptr() for words in sent}) == 1
+
+
+def test_shapes_that_differ_in_tokens_alone_have_places_of_their_own() -> None:
+    shapes = PaddedShapes(decode_sizes=(1,), mixed_sizes=(8, 16), num_rows=2)
+    buffer = StepBuffer(shapes, CPU)
+    for count in (5, 12, 5):
+        words = words_of([count], num_samples=[1], shapes=shapes)
+        assert buffer.send(words).tokens_T.tolist() == words.tokens.tolist()
 
 
 def test_a_step_beyond_the_shapes_has_memory_of_its_own() -> None:
