@@ -1,8 +1,8 @@
 """Streams that go on until they are given up, and when their chunks came: read by this process or by several.
 
 One process takes 6 ms to read a chunk of 64 streams each, which would be taken for the server's. `python -m
-minillm.bench.gap_streams` reads a share of them: a job as one line of JSON on standard input, then a word a line, each of
-which it answers by a line of JSON, or by {"error": ..} once a stream has ended:
+minillm.bench.gap_streams` reads a share of them: a job as one line of JSON on standard input, then a word a line, each
+answered by a line of JSON, or by {"error": ..} once a stream has ended:
 
     chunk    {} as soon as each stream has had another chunk
     times    {"times": [[.., ..], ..]}, of each stream's chunks so far

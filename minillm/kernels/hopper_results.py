@@ -128,7 +128,7 @@ def choose_shares(num_tiles: int, num_programs: int, max_keys: int) -> int:
         return 1
 
     def rounds(shares: int) -> float:
-        return triton.cdiv(num_tiles * shares, num_programs) / shares * (1 + PART_COST * shares)
+        return -(-num_tiles * shares // num_programs) / shares * (1 + PART_COST * shares)
 
     most = min(MAX_SHARES, triton.cdiv(max_keys, MIN_SEGMENT.value * TILE_KEYS.value))
     return min(range(1, most + 1), key=rounds)
