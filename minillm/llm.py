@@ -227,7 +227,7 @@ class LLM:
                 self._end(left)
             for generation in changed:
                 stream = self._streams.get(generation.request.number)
-                if stream is not None:
+                if stream is not None and stream.is_due:
                     stream.advance()
 
     def _end(self, streams: Sequence[TextStream]) -> None:

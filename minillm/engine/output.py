@@ -21,7 +21,7 @@ from minillm.types import (
 
 
 class TextReader:
-    """One completion's text, token by token: what is certain, up to a stop string."""
+    """One completion's text as its tokens come: what is certain, up to a stop string."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class TextReader:
     ) -> None:
         """`min_tokens`: a stop string counts if it begins after so many."""
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._matcher = StopMatcher(stop_strings)
+        self._matcher, self.may_match = StopMatcher(stop_strings), bool(stop_strings)
         self._stop_token_ids = stop_token_ids
         self._num_unmatched = min_tokens
 
@@ -42,23 +42,32 @@ class TextReader:
         """Whether the text has ended at a stop string."""
         return self._matcher.is_matched
 
-    def feed(self, token: int) -> str:
-        """Text that is certain once this token is known; an end token is billed and reported, but is no text."""
-        if token in self._stop_token_ids:
-            return ""
-        text = self._detokenizer.feed(token)
+    def read(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Text that is certain once `tokens` are known, and how many they are up to the end of a stop string."""
+        if not self.may_match:  # all at once costs much less
+            return self._feed(*tokens), len(tokens)
+        text = ""
+        for num_read, token in enumerate(tokens, start=1):
+            text += self._feed(token)
+            if self.is_matched:
+                return text, num_read
+        return text, len(tokens)
+
+    def finish(self) -> str:
+        """What was held back, at the end of the tokens; nothing the second time."""
+        return self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish()
+
+    def _feed(self, *tokens: int) -> str:
+        """An end token is billed and reported, but is no text."""
+        text = self._detokenizer.feed(*[token for token in tokens if token not in self._stop_token_ids])
         if self._num_unmatched:
             self._num_unmatched -= 1
             return text
         return self._matcher.feed(text)
 
-    def finish(self) -> str:
-        """What was held back, at the end of the tokens."""
-        return self._matcher.feed(self._detokenizer.finish()) + self._matcher.finish()
-
 
 class TextStream:
-    """Turns a generation's tokens into text as they come, and ends it at a stop string."""
+    """Turns a generation's tokens into text, and ends it at a stop string."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, generation: Generation, prompt: list[int]) -> None:
         self.generation = generation
@@ -80,12 +89,18 @@ class TextStream:
         """Whether the request has ended."""
         return self.generation.finish_reason is not None
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the tokens that came are to be read now; others cost less when they are read together, at the end."""
+        return self._reader.may_match or self.generation.finish_reason is not None
+
     def advance(self) -> None:
         """Take the new tokens, and end the request if they complete a stop string."""
-        for token in self.generation.take_new_tokens():
-            if not self._reader.is_matched:
-                self.token_ids.append(token)
-                self._pieces.append(self._reader.feed(token))
+        if not self._reader.is_matched:
+            tokens = self.generation.take_new_tokens()
+            text, num_read = self._reader.read(tokens)
+            self._pieces.append(text)
+            self.token_ids += tokens[:num_read]
         if self._reader.is_matched:
             self._engine.finish(self.generation, FinishReason.STOP)
         elif self.is_done:
@@ -93,12 +108,14 @@ class TextStream:
 
     def take(self) -> tuple[str, list[int]]:
         """Text that is certain and tokens that came, since the last call."""
+        self.advance()
         text, token_ids = "".join(self._pieces[self._num_taken[0] :]), self.token_ids[self._num_taken[1] :]
         self._num_taken = len(self._pieces), len(self.token_ids)
         return text, token_ids
 
     def completion(self, index: int) -> CompletionOutput:
         """The finished completion, the `index`-th of its prompt."""
+        self.advance()
         text, scores = "".join(self._pieces), self.generation.scores[: len(self.token_ids)]
         is_scored = self.generation.params.logprobs is not None
         return CompletionOutput(
@@ -144,7 +161,7 @@ def beam_output(request_id: str, tokenizer: Tokenizer, prompt: list[int], run: B
     sequences = []
     for score, logprob, tokens in run.search.hypotheses.finished:
         reader = TextReader(tokenizer, prompt, (), run.stop_token_ids)
-        text = "".join(map(reader.feed, tokens)) + reader.finish()
+        text = reader.read(tokens)[0] + reader.finish()
         is_stop = tokens[-1] in run.stop_token_ids
         sequences.append(
             BeamSequence(

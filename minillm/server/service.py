@@ -62,13 +62,10 @@ class Choice:
     async def take(self) -> Piece:
         """The next piece. Raises ApiError, RequestError if the request failed or timed out before its first token."""
         tokens = await self.stream.take()
-        text = ""
-        for num_read, token in enumerate(tokens, start=1):
-            text += self.reader.feed(token)
-            if self.reader.is_matched:
-                del tokens[num_read:]
-                await self._stop()
-                break
+        text, num_read = self.reader.read(tokens)
+        if self.reader.is_matched:
+            del tokens[num_read:]
+            await self._stop()
         if self.stream.is_done:
             self.finish_reason = self._reason()
             if not self.reader.is_matched:

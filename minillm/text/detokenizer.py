@@ -21,7 +21,7 @@ class PieceSource(Protocol):
 
 
 class Detokenizer:
-    """One text, token by token. The pieces of all tokens, and of `finish`, add up to `decode` of all tokens."""
+    """One text, some tokens at a time. The pieces of all tokens, and of `finish`, add up to `decode` of all tokens."""
 
     def __init__(
         self, tokenizer: PieceSource, preceding: Sequence[int] = (), *, skip_special_tokens: bool = True
@@ -31,10 +31,11 @@ class Detokenizer:
         self._drops_space = tokenizer.drops_first_space and not preceding
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token_id: int) -> str:
-        """Text that is certain once this token is known."""
-        piece = self._tokenizer.piece(token_id, skip_special_tokens=self._skips)
-        return self._trimmed(self._decoder.decode(piece))
+    def feed(self, *token_ids: int) -> str:
+        """Text that is certain once these tokens are known."""
+        piece, skips = self._tokenizer.piece, self._skips
+        pieces = [piece(token_id, skip_special_tokens=skips) for token_id in token_ids]
+        return self._trimmed(self._decoder.decode(b"".join(pieces)))
 
     def finish(self) -> str:
         """The rest: a replacement character if the last one never became whole."""

@@ -42,6 +42,8 @@ def test_any_ids_add_up_to_the_whole(tokenizer: Tokenizer) -> None:
         stream = Detokenizer(tokenizer)
         text = "".join(stream.feed(i) for i in ids) + stream.finish()
         assert text == tokenizer.decode(ids)
+        at, stream = rng.randint(0, 30), Detokenizer(tokenizer)
+        assert stream.feed(*ids[:at]) + stream.feed(*ids[at:]) + stream.finish() == text
         num_broken += "\ufffd" in text
     assert num_broken > 10
 
