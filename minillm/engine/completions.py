@@ -55,14 +55,20 @@ class Generation:
         self._num_taken += len(tokens)
         return tokens
 
+    def note_tokens(self, now: float) -> bool:
+        """Note that its new tokens arrived `now`; whether there is more to note: it was prefilled, or it ended."""
+        request, timings = self.request, self.timings
+        num_new = len(request.tokens) - request.num_prompt - len(timings.token_times)
+        timings.token_times.extend([now] * num_new)
+        return request.num_chunks != timings.num_chunks or request.finish_reason is not None
+
     def note(self, now: float, num_steps: int, num_computed: int) -> None:
         """Copy times and counts from the request; `now` is when its new tokens arrived.
 
         `num_steps` steps were applied so far and computed `num_computed` tokens, those of other requests included.
         """
+        self.note_tokens(now)
         request, timings = self.request, self.timings
-        num_new = len(request.tokens) - request.num_prompt - len(timings.token_times)
-        timings.token_times.extend([now] * num_new)
         timings.first_planned = request.first_planned
         timings.num_cached_tokens = request.num_cached_tokens
         timings.num_chunks = request.num_chunks

@@ -170,7 +170,8 @@ class Engine:
             self.scheduler.yield_rows()
         changed, now = [self._live[request.number] for request in done.changed], self.clock()
         for generation in changed:
-            self._note(generation, now)
+            if generation.note_tokens(now):
+                self._note(generation, now)
         self._count(done)
         return changed
 

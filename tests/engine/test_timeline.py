@@ -230,3 +230,19 @@ def test_no_token_is_in_what_is_told() -> None:
     engine.add([7654] * 40, SamplingParams(max_tokens=3))
     run(engine)
     assert "7654" not in json.dumps(account_of(engine, 1)) + "".join(trace(engine.timeline))
+
+
+def test_a_live_request_has_the_counts_of_its_last_seat() -> None:
+    """They are noted when they change, not with each token."""
+    engine = engine_of(overlap=True, max_num_seqs=4, num_kv_blocks=14, max_num_batched_tokens=32)
+    generations = [add(engine, 40, 40) for _ in range(4)]
+    while engine.has_work:
+        for generation in engine.step():
+            request, timings = generation.request, generation.timings
+            assert len(timings.token_times) == request.num_output
+            assert timings.first_planned == request.first_planned is not None
+            if generation.finish_reason is None:
+                assert timings.num_chunks == request.num_chunks
+                assert timings.num_preemptions == request.num_preemptions
+    assert max(generation.timings.num_preemptions for generation in generations) > 0
+    assert all(generation.timings.num_steps >= 41 for generation in generations)
