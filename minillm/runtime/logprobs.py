@@ -52,14 +52,14 @@ class LogprobRows:
             return None
         rows_R, num_R = column(plan.rows)[order], column(plan.num_samples)[order]
         num_top_R = self.num_top_S[rows_R]
+        # Few rows ask: past this line, what costs is the number of operations.
         at_E = np.flatnonzero((num_top_R >= 0) & (num_R > 0))
-        num_E, entries_E, num_top_E = num_R[at_E], order[at_E], num_top_R[at_E]
-        firsts_E = np.cumsum(num_R)[at_E] - num_E
-        positions_E = column(plan.starts)[entries_E] + column(plan.counts)[entries_E] - num_E + 1
-        owners, places = places_of(num_E)
-        columns = np.stack([firsts_E, entries_E, positions_E, num_top_E])[:, owners]
-        columns[[0, 2]] += places
-        targets = NOTHING
+        owners, places = places_of(num_R[at_E])
+        at_M = at_E[owners]
+        entries, num_M = order[at_M], num_R[at_M]
+        rows = num_R.cumsum()[at_M] - num_M + places
+        positions = column(plan.starts)[entries] + column(plan.counts)[entries] - num_M + 1 + places
+        columns, targets = np.array([rows, entries, positions, num_top_R[at_M]], np.int32), NOTHING
         if self.num_prompt_top_S.max() >= 0:
             is_prompt = (column(plan.num_logits)[order] > num_R) & (self.num_prompt_top_S[rows_R] >= 0)
             ends = np.cumsum(column(plan.counts)[order])
@@ -68,9 +68,9 @@ class LogprobRows:
                 columns, targets = np.concatenate([columns, part], axis=1), np.concatenate([targets, own])
         if not columns.size:
             return None
-        scored, entries, positions, num_top = columns.astype(np.int32)
+        rows, entries, positions, num_top = columns.astype(np.int32, copy=False)
         return ScoreWords(
-            rows=scored, targets=targets, entries=entries, positions=positions, places=places, num_top=num_top
+            rows=rows, targets=targets, entries=entries, positions=positions, places=places, num_top=num_top
         )
 
     def _prompt_part(self, plan: StepPlan, entry: int, end: int) -> tuple[Ints, Ints]:
@@ -124,13 +124,13 @@ def logprob_columns(
     packed_MX = packed.reshape(len(words.rows), -1)
     width = (packed_MX.shape[1] - 2) // 2
     gains = column(counts)
+    entries, places = words.entries[: words.num_sampled], words.places
+    gains_M = gains[entries]
+    is_held = places < gains_M
+    held = (gains.cumsum()[entries] - gains_M + places)[is_held]
+    own = np.concatenate([column(tokens)[held], words.targets])
     is_kept = np.ones(len(words.rows), bool)
-    sampled = slice(0, words.num_sampled)
-    entries = words.entries[sampled]
-    is_kept[sampled] = words.places < gains[entries]
-    own = np.concatenate([np.zeros(words.num_sampled, np.int32), words.targets])
-    flat = np.append(column(tokens), 0)
-    own[sampled] = flat[np.where(is_kept[sampled], (np.cumsum(gains) - gains)[entries] + words.places, -1)]
+    is_kept[: words.num_sampled] = is_held
     packed_MX = packed_MX[is_kept]
     num_top = np.minimum(words.num_top[is_kept], width)
     is_top = np.arange(width) < num_top[:, None]
@@ -138,10 +138,10 @@ def logprob_columns(
     return Logprobs(
         requests=ints_of(numbers),
         positions=ints_of(words.positions[is_kept]),
-        tokens=ints_of(own[is_kept]),
+        tokens=ints_of(own),
         logprobs=floats_of(packed_MX[:, 0]),
         ranks=ints_of(packed_MX[:, 1 + width] + 1),
-        offsets=ints_of(np.concatenate([[0], np.cumsum(num_top)])),
+        offsets=array("i", [0, *num_top.cumsum().tolist()]),
         top_tokens=ints_of(packed_MX[:, 2 + width :][is_top]),
         top_logprobs=floats_of(packed_MX[:, 1 : 1 + width][is_top]),
     )
@@ -149,7 +149,7 @@ def logprob_columns(
 
 def ints_of(values: Ints) -> array[int]:
     """A column of integers."""
-    return array("i", values.astype(np.int32).tobytes())
+    return array("i", values.astype(np.int32, copy=False).tobytes())
 
 
 def floats_of(bits: Ints) -> array[float]:
