@@ -195,8 +195,10 @@ class Controller:
         self._contest(num_rows).note(seconds, num_gained / num_rows, was_on)
 
     def forget(self, request: int) -> None:
-        """The request ended."""
+        """The request ended; what it brought says little of the next, if few rows were all that was measured."""
         self._paces.pop(request, None)
+        for size in [size for size in self._contests if 1 << size <= 2 * FEW_ROWS]:
+            del self._contests[size]
 
     def _pace(self, request: int) -> Pace:
         if request not in self._paces:

@@ -22,6 +22,8 @@ from minillm.runtime.batching import ScoreWords, column, places_of, trailing
 from minillm.runtime.rows import Ints
 
 NOTHING = np.zeros(0, np.int32)
+NUM_PARTS = 64
+"""Of the vocabulary, which most models have in a multiple of it."""
 MAX_SCORED_ROWS = 64
 """Rows of logits in fp32 at once: a prompt's would fill the memory."""
 
@@ -84,11 +86,26 @@ class LogprobRows:
         return np.stack([rows, np.full(num, entry), positions, likeliest]), tokens[positions]
 
 
+def likeliest(logits_LV: Tensor, num_top: int) -> Tensor:
+    """Tokens [L, k] of the largest logits, the largest first.
+
+    Those of parts of the vocabulary, and then of these: of one long row a GPU's `topk` takes some 24 launches.
+    """
+    num_rows, num_tokens = logits_LV.shape
+    size = num_tokens // NUM_PARTS
+    if num_tokens % NUM_PARTS or num_top > size:
+        return logits_LV.topk(num_top).indices
+    parts = logits_LV.view(num_rows, NUM_PARTS, size).topk(num_top)
+    firsts = torch.arange(0, num_tokens, size, device=logits_LV.device)
+    tokens = (parts.indices + firsts[:, None]).flatten(1)
+    return tokens.gather(1, parts.values.flatten(1).topk(num_top).indices)
+
+
 def scored(logits_LV: Tensor, tokens_L: Tensor, num_top: int) -> Tensor:
     """Words [L, X] int32 of tokens and the `num_top` likeliest ones."""
     logits_LV = logits_LV.float()
     tokens_L1 = tokens_L.clamp(min=0).long()[:, None]
-    top_Lk = logits_LV.topk(min(num_top, logits_LV.shape[1])).indices
+    top_Lk = likeliest(logits_LV, min(num_top, logits_LV.shape[1]))
     num_likelier_L1 = (logits_LV > logits_LV.gather(1, tokens_L1)).sum(-1, keepdim=True, dtype=torch.int32)
     logprobs_LY = logits_LV.log_softmax(-1).gather(1, torch.cat([tokens_L1, top_Lk], dim=1))
     return torch.cat([logprobs_LY.view(torch.int32), num_likelier_L1, top_Lk.int()], dim=1)

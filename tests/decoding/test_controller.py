@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.decoding.controller import FIRST_PATIENCE, FREE_TOKENS, MAX_PATIENCE, Controller, Cost, Pace
+from minillm.decoding.controller import FEW_ROWS, FIRST_PATIENCE, FREE_TOKENS, MAX_PATIENCE, Controller, Cost, Pace
 
 MAX_DRAFTS = 8
 
@@ -89,6 +89,15 @@ def test_the_same_drafts_pay_for_one_row_and_not_for_many() -> None:
         machine.run(Controller(MAX_DRAFTS), 1000)
         shares.append(machine.num_drafting_steps / 1000)
     assert shares[0] > 0.9 and shares[1] < 0.1
+
+
+def test_a_new_text_has_another_chance_where_few_rows_are() -> None:
+    controller = Controller(MAX_DRAFTS)
+    for num_rows in (1, FEW_ROWS, 64):
+        Machine(num_rows, luck=0.0).run(controller, 700)
+    assert not any(map(controller.is_on, (1, FEW_ROWS, 64)))
+    controller.forget(0)
+    assert [controller.is_on(num_rows) for num_rows in (1, FEW_ROWS, 64)] == [True, True, False]
 
 
 def test_they_fall_to_zero_and_come_back() -> None:
