@@ -124,5 +124,5 @@ def linear(x_TD: Tensor, weight_OD: PackedWeight | Tensor, bias_O: Tensor | None
 def coded_product(x_TD: Tensor, weight: CodedWeight) -> Tensor:
     """x times the transpose of a weight of codes -> y_TO; inputs and outputs are rounded to bf16, sums are fp32."""
     x_TE = x_TD.bfloat16() if weight.num_repeats == 1 else x_TD.bfloat16().repeat(1, weight.num_repeats)
-    y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TE, weight.data, weight.group, weight.scales_zeros_GO2)
+    y_TO = torch._weight_int4pack_mm_for_cpu(x_TE, weight.data, weight.group, weight.scales_zeros_GO2)
     return y_TO.to(x_TD.dtype)

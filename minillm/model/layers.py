@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
         """x_TD -> y_TD or parts of it; the tokens' keys and values are written to `kv_2BKPH` first."""
-        return self.out.in_parts(self.attend(self.qkv(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
+        return self.out.in_parts(self.attend(self.qkv.forward(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
 
     def attend(self, qkv_TC: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
         """What lies between the two products -> o_TNH."""
@@ -145,10 +145,9 @@ class DecoderLayer(nn.Module):
             x_TD = self.ops.rms_norm(residual_TD, self.input_norm.weight, self.eps)
         else:
             x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm.weight, self.eps)
-        x_TD = self.attention(x_TD, batch, kv_2BKPH, cos_sin_EH)
+        x_TD = self.attention.forward(x_TD, batch, kv_2BKPH, cos_sin_EH)
         x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_norm.weight, self.eps)
-        y_TD: Tensor = self.feed_forward(x_TD)
-        return y_TD
+        return self.feed_forward.forward(x_TD)
 
     def forward_fused(self, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> None:
         """`forward` for a few rows of one token, by the kernel set's fused products: adds all to `residual_TD`."""

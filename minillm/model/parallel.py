@@ -130,15 +130,14 @@ class Linear(nn.Module):
     def in_parts(self, x_TD: Tensor) -> Tensor:
         """`forward`, or sums [S, T, O] still to be added if the kernel set leaves that to the norm behind it."""
         if self.is_partial or not hasattr(self.ops, "linear_parts"):
-            y_TO: Tensor = self(x_TD)
-            return y_TO
+            return self.forward(x_TD)  # a module's call costs as much as a small product's launch
         parts: Tensor = self.ops.linear_parts(x_TD, self.weight, self.bias)
         return parts
 
     def gated(self, x_TD: Tensor) -> Tensor:
         """silu(first half) * second half of the outputs -> [T, O / 2]."""
         if not hasattr(self.ops, "gated_linear"):
-            y_TF: Tensor = self.ops.silu_mul(self(x_TD))
+            y_TF: Tensor = self.ops.silu_mul(self.forward(x_TD))
             return y_TF
         gated_TF: Tensor = self.ops.gated_linear(x_TD, self.weight, self.bias)
         return gated_TF

@@ -72,7 +72,8 @@ class Transformer(nn.Module):
         x_TD = None
         batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
-            x_TD = layer(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
+            assert isinstance(layer, DecoderLayer)
+            x_TD = layer.forward(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
         assert x_TD is not None
         return residual_TD.add_(x_TD.sum(0) if x_TD.ndim == 3 else x_TD)  # parts, which a layer's norm would add
 
