@@ -6,14 +6,15 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 from minillm.bench.latency import Outcome
 from minillm.bench.stream_client import Planned, Server
 from minillm.errors import ConfigError
 
-__all__ = ["START_SECONDS", "send_from_processes"]
+__all__ = ["LINE_BYTES", "START_SECONDS", "client_process", "send_from_processes"]
 
 START_SECONDS = 3.0
 """Until the load begins: time for the processes to start."""
@@ -40,22 +41,26 @@ async def send_from_processes(
 
 async def run_process(job: str, take: Callable[[Outcome], None]) -> None:
     """One client process, from its job to its end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "minillm.bench.stream_client"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        limit=LINE_BYTES,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
+    async with client_process("minillm.bench.stream_client") as process:
+        assert process.stdin is not None and process.stdout is not None
         process.stdin.write(job.encode() + b"\n")
         process.stdin.close()
         async for line in process.stdout:
             take(Outcome(**json.loads(line)))
         if await process.wait():
             raise ConfigError(f"a client process ended with status {process.returncode}; its error is above")
+
+
+@asynccontextmanager
+async def client_process(module: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that runs a module, to be told and asked by lines; it ends with the block at the latest."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, stdin=pipe, stdout=pipe, limit=LINE_BYTES
+    )
+    try:
+        yield process
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+        await process.wait()

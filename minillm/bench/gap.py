@@ -10,13 +10,12 @@ It knows no engine. A stream's chunk stands for a token.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
@@ -30,6 +29,7 @@ from minillm.bench.gap_streams import own_streams, shared_streams
 from minillm.bench.latency import Outcome, percentile
 from minillm.bench.serve_options import FIRST_TOKEN_ID
 from minillm.bench.stream_client import Planned, Server, connected, find_model
+from minillm.engine.collector import sparing_what_is_there
 from minillm.errors import ConfigError
 
 __all__ = ["figures_of", "run"]
@@ -42,23 +42,12 @@ def run(
 
     `transport`: how to reach a server that listens on no socket.
     """
-    with no_collections():
+    with sparing_what_is_there():  # what the collector walks here would be taken for the server's gaps
         began, long, streams = asyncio.run(measure(options, key, transport))
     line = {"bench": "gap", **figures_of(began, long, streams), "options": asdict(options)}
     show(line)
     print(json.dumps(line, allow_nan=False))
     return line
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Keep the garbage collector off: its pauses here would be taken for the server's."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def measure(

@@ -20,14 +20,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from minillm.bench.client_processes import LINE_BYTES, client_process
 from minillm.bench.latency import Outcome
 from minillm.bench.stream_client import Planned, Server, StreamClient, connected
 from minillm.engine.collector import keep_what_is_there
 from minillm.errors import ConfigError
 
 __all__ = ["Streams", "own_streams", "shared_streams"]
-
-LINE_BYTES = 2**26
 
 
 class Streams(Protocol):
@@ -100,16 +99,9 @@ async def shared_streams(server: Server, load: Sequence[Planned], num_processes:
 @asynccontextmanager
 async def reader(job: dict[str, Any]) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process at a job, ended with the block."""
-    pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-m", "minillm.bench.gap_streams")
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE_BYTES)
-    try:
+    async with client_process("minillm.bench.gap_streams") as process:
         await tell(process, json.dumps(job))
         yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def tell(process: asyncio.subprocess.Process, line: str) -> None:
