@@ -1,13 +1,20 @@
 """Attention of rows with one query token: split-KV decoding (Dao et al. 2023, "Flash-Decoding") over the paged cache.
 
 A row's keys are cut into segments whose size follows from the row's own length, and a row is the sum of its segments
-in their order: it depends on nothing else, not on its neighbours, the batch or the bound on lengths. How many programs
-share a row is a matter of speed alone; each walks its segments in one pipelined loop and starts afresh at each.
+in their order: it depends on nothing else, not on its neighbours or the batch. How many programs share a row is a matter
+of speed alone; each walks its segments in one pipelined loop and starts afresh at each.
 
     keys             0 ... 128 ... 256 ... 384 ... 500
     segments         |  a   |   b   |   c   |  d  |
     one program      ((a + b) + c) + d                       in registers, written to the output
     two programs     |   p, which stores a, b   |   q, which stores c, d  |      then merge: ((a + b) + c) + d
+
+Where rows are too few to keep a GPU busy however their lengths differ, or their number is not known at launch, the keys
+of the batch are dealt: a row longer than an even share of them all is cut. The device does so, as a graph knows no
+lengths.
+
+    lengths          3000, 200, 700: an even share of four is 975
+    programs         | row 0 | row 0 | row 0 | row 0 | row 1 | row 2 | none | ...
 
 It starts while the kernel before it, which writes the new keys, still runs (programmatic dependent launch): until
 `gdc_wait` it reads only lengths and tables, which must be there before that kernel. It knows no requests. The small
@@ -48,6 +55,9 @@ MIN_SEGMENT = 128
 """Keys of a segment, if the row needs no larger ones. Smaller: more programs for one short row, more to merge."""
 MAX_SORTED_ROWS = 128
 """Most rows whose order by length is worth finding: of more, the hardware's own balancing leaves no gap."""
+DEALT_PROGRAMS = 3
+"""Programs for each multiprocessor, if each row and key head had one, below which keys are dealt. Of more the longest
+row is small beside the batch, and a merge costs more than it saves."""
 
 
 class Parts(NamedTuple):
@@ -100,34 +110,72 @@ def row_of_rank(context_lens_ptr, rank, num_rows, PADDED_ROWS: tl.constexpr):
     return tl.sum(tl.where((ranks == rank) & (rows < num_rows), rows, 0), 0)
 
 
-@triton.jit(do_not_specialize=["rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows"])
+@triton.jit
+def deal(query_starts_ptr, context_lens_ptr, program, num_rows, num_shares, PADDED_ROWS: tl.constexpr,
+         MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, TILE_KEYS: tl.constexpr):  # fmt: skip
+    """(row, which of the row's programs this is, how many there are, segments of each); no row: num_rows or more.
+
+    A program takes as many segments as make up an even share of the batch's keys, so there are at most
+    num_rows + num_shares programs.
+    """
+    rows = tl.arange(0, PADDED_ROWS)
+    is_row = rows < num_rows
+    starts = tl.load(query_starts_ptr + rows, mask=is_row, other=0)
+    is_decode = tl.load(query_starts_ptr + rows + 1, mask=is_row, other=0) - starts == 1
+    lens = tl.load(context_lens_ptr + rows, mask=is_decode, other=0)
+    share = tl.maximum(tl.cdiv(tl.sum(lens, 0), num_shares), 1)
+    sizes = segment_size(lens, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
+    num_own = tl.cdiv(share, sizes)
+    num_programs = tl.cdiv(tl.cdiv(lens, sizes), num_own)
+    row = tl.sum((tl.cumsum(num_programs, 0) <= program).to(tl.int32), 0)
+    place = program - tl.sum(tl.where(rows < row, num_programs, 0), 0)
+    is_own = rows == row
+    return row, place, tl.sum(tl.where(is_own, num_programs, 0), 0), tl.sum(tl.where(is_own, num_own, 0), 0)
+
+
+@triton.jit(do_not_specialize=[
+    "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows", "num_shares",
+])  # fmt: skip
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, block_tables_ptr, rows_ptr, query_starts_ptr,
-    context_lens_ptr, scale_log2, table_stride, num_rows,
+    context_lens_ptr, scale_log2, table_stride, num_rows, num_shares,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
     MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
-    IS_SHARED: tl.constexpr, IS_SORTED: tl.constexpr, OVERLAPS: tl.constexpr,
+    IS_DEALT: tl.constexpr, IS_SORTED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads, shares of a row, rows); row r is token r. IS_SORTED: the longest row starts first.
+    """Grid (key heads, rows), or if IS_DEALT (key heads, rows + shares); row r is token r. IS_SORTED: the longest row
+    starts first.
 
-    Writes the output, or if IS_SHARED acc [R, N, G, H], top and total [R, N, G] of each segment.
+    Writes the output, or for a row that several programs share acc [R, N, G, H], top and total [R, N, G] of each
+    segment. If IS_DEALT, other rows' first total becomes 0, which no sum of weights is.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
     if OVERLAPS:
         gdc_launch_dependents()
     kv_head = tl.program_id(0)
-    row = tl.program_id(2)
+    row = tl.program_id(1)
+    place = 0
+    is_whole = True
+    if IS_DEALT:
+        row, place, num_programs, num_own = deal(query_starts_ptr, context_lens_ptr, row, num_rows, num_shares,
+                                                 PADDED_ROWS, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)  # fmt: skip
+        if row >= num_rows:
+            return
+        is_whole = num_programs == 1
     if IS_SORTED:
         row = row_of_rank(context_lens_ptr, row, num_rows, PADDED_ROWS)
     is_decode = tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) == 1
     num_keys = tl.load(context_lens_ptr + row)
     size = segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
-    num_own = tl.cdiv(tl.cdiv(num_keys, size), tl.num_programs(1))
-    segment = tl.program_id(1) * num_own
-    begin = segment * size
-    end = tl.minimum(begin + num_own * size, num_keys)
+    segment = 0
+    begin = 0
+    end = num_keys
+    if IS_DEALT:
+        segment = place * num_own
+        begin = segment * size
+        end = tl.minimum(begin + num_own * size, num_keys)
     table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
     pages = read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
     if OVERLAPS:
@@ -146,8 +194,7 @@ def decode_kernel(
     acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
     top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
-    if not IS_SHARED:  # the sums of the segments before
-        sum_acc, sum_top, sum_total = acc, top, total
+    sum_acc, sum_top, sum_total = acc, top, total  # of the segments before
     segment_end = begin + size
     for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
         k = read_tile(k_ptr, pages, key_start, end,
@@ -165,7 +212,7 @@ def decode_kernel(
         acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
         top = new_top
         if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
-            if IS_SHARED:
+            if not is_whole:
                 parts = heads * MAX_SEGMENTS + segment
                 tl.store(acc_ptr + parts[:, None] * HEAD_SIZE + dims[None, :], tl.trans(acc), mask=mask)
                 tl.store(top_ptr + parts, top, mask=group < GROUP)
@@ -177,9 +224,11 @@ def decode_kernel(
             top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([PADDED_GROUP], tl.float32)
             segment_end += size
-    if not IS_SHARED:
+    if is_whole:
         out = tl.trans(sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
+        if IS_DEALT:
+            tl.store(total_ptr + heads * MAX_SEGMENTS, tl.zeros([PADDED_GROUP], tl.float32), mask=group < GROUP)
 
 
 @triton.jit(do_not_specialize=["query_starts_ptr", "context_lens_ptr"])
@@ -190,7 +239,7 @@ def merge_kernel(
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads): fold the partial results of a row's segments in their order, behind that of NUM_NEW new keys
-    (0 or 1) which are in no segment."""
+    (0 or 1) which are in no segment. Without new keys, rows whose first total is 0 are passed over."""
     if OVERLAPS:
         gdc_launch_dependents()
     row = tl.program_id(0)
@@ -200,7 +249,11 @@ def merge_kernel(
         gdc_wait()
     if not is_decode:
         return
-    head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) + tl.arange(0, 1)
+    head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
+    if NUM_NEW == 0:
+        if tl.load(total_ptr + head * MAX_SEGMENTS) == 0:
+            return
+    head += tl.arange(0, 1)
     dims = tl.arange(0, PADDED_HEAD)
     sum_acc = tl.zeros([PADDED_HEAD, 1], tl.float32)
     sum_top = tl.full([1], float("-inf"), tl.float32)
@@ -228,12 +281,13 @@ def max_segments(num_kv_heads: int) -> int:
     return min(128, max(16, int(triton.next_power_of_2(triton.cdiv(128, num_kv_heads)))))
 
 
-def choose_shares(num_programs: int, num_multiprocessors: int) -> int:
-    """Programs that share a row, if one for each row and key head made `num_programs`.
+def choose_shares(num_tokens: int, num_decodes: int, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """Even shares into which each key head's keys are dealt: two programs for each multiprocessor, or 1 for not at all.
 
-    One where those occupy most of the GPU: merging costs more than a few idle multiprocessors. Else two for each.
+    In a step with other tokens than those of `num_decodes` rows, that is only the most rows that there can be.
     """
-    return 1 if 3 * num_programs >= 2 * num_multiprocessors else triton.cdiv(2 * num_multiprocessors, num_programs)
+    is_full = num_decodes * num_kv_heads >= DEALT_PROGRAMS * num_multiprocessors
+    return 1 if is_full and num_tokens == num_decodes else triton.cdiv(2 * num_multiprocessors, num_kv_heads)
 
 
 @cache
@@ -271,36 +325,33 @@ def decode_attention(
     context_lens_R: Tensor,
     scale: float,
     num_decodes: int,
-    max_context_len: int,
     shares: int | None = None,
 ) -> None:
     """Attention of those of the first `num_decodes` rows with one query token, the row's number, into `out_TNH`.
 
-    `max_context_len` bounds those rows' contexts. Neither it nor `shares`, the programs that share a row (None: chosen
-    from the number of rows), changes a bit of the result.
+    `shares`, among which each key head's keys are dealt (1: each row has one program; None: chosen from the number of
+    rows), changes no bit of the result.
     """
     device = q_TNH.device
-    _, num_heads, head_size = q_TNH.shape
+    num_tokens, num_heads, head_size = q_TNH.shape
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
     is_half = q_TNH.element_size() == 2
     constants = segment_constants(num_heads, num_kv_heads, head_size, q_TNH.dtype)
-    most = constants["MAX_SEGMENTS"]
     if shares is None:
-        shares = choose_shares(num_decodes * num_kv_heads, num_multiprocessors(device))
-    shares = min(shares, most, triton.cdiv(max_context_len, MIN_SEGMENT))
-    is_shared, is_sorted = shares > 1, shares == 1 and num_decodes <= MAX_SORTED_ROWS
+        shares = choose_shares(num_tokens, num_decodes, num_kv_heads, num_multiprocessors(device))
+    is_dealt, is_sorted = shares > 1, shares == 1 and num_decodes <= MAX_SORTED_ROWS
     parts = Parts(out_TNH, out_TNH, out_TNH)  # where no row is shared there are no partial results
-    if is_shared:
-        parts = Parts.empty((num_decodes, num_heads, most, head_size), device)
-    decode_kernel[(num_kv_heads, shares, num_decodes)](
+    if is_dealt:
+        parts = Parts.empty((num_decodes, num_heads, constants["MAX_SEGMENTS"], head_size), device)
+    decode_kernel[(num_kv_heads, num_decodes + (shares if is_dealt else 0))](
         q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, *parts, block_tables_SM, rows_R,
-        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, **constants,
+        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, shares, **constants,
         NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
-        PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_sorted else 16, BLOCK_SIZE=block_size,
-        STAGES=3 if is_half else 2, IS_SHARED=is_shared, IS_SORTED=is_sorted,
+        PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_dealt or is_sorted else 16,
+        BLOCK_SIZE=block_size, STAGES=3 if is_half else 2, IS_DEALT=is_dealt, IS_SORTED=is_sorted,
         num_warps=4 if is_half else 8, **overlap_options(device),
     )  # fmt: skip
-    if is_shared:
+    if is_dealt:
         merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants)
 
 

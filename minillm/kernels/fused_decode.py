@@ -25,7 +25,6 @@ from minillm.kernels.attention import LOG2_E, num_multiprocessors, read_pages, r
 from minillm.kernels.decode_attention import (
     Parts,
     can_overlap,
-    choose_shares,
     merge_parts,
     segment_constants,
     segment_size,
@@ -171,6 +170,14 @@ def fused_decode_kernel(
             total = tl.zeros([PADDED_GROUP], tl.float32)
 
 
+def choose_programs(num_programs: int, num_multiprocessors: int) -> int:
+    """Programs that share a row, if one for each row and key head made `num_programs`.
+
+    One where those occupy most of the GPU: merging costs more than a few idle multiprocessors. Else two for each.
+    """
+    return 1 if 3 * num_programs >= 2 * num_multiprocessors else triton.cdiv(2 * num_multiprocessors, num_programs)
+
+
 def fused_decode(
     qkv_TC: Tensor,
     *,
@@ -197,7 +204,7 @@ def fused_decode(
     constants = segment_constants(num_heads, num_kv_heads, head_size, qkv_TC.dtype)
     constants["MIN_SEGMENT"] = constants["TILE_KEYS"]  # the first tile is all that is asked for before the wait
     most, overlaps = constants["MAX_SEGMENTS"], can_overlap(device)
-    shares = choose_shares(num_rows * num_kv_heads, num_multiprocessors(device))
+    shares = choose_programs(num_rows * num_kv_heads, num_multiprocessors(device))
     shares = min(shares, most, triton.cdiv(max_context_len, constants["MIN_SEGMENT"]))
     parts = Parts.empty((num_rows, num_heads, 1 + most, head_size), device)
     out_TNH = qkv_TC.new_empty(num_rows, num_heads, head_size)

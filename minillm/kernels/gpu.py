@@ -226,13 +226,13 @@ def attention(
         "context_lens_R": context_lens_R,
         "scale": scale,
     }
-    bounds: dict[str, Any] = {"num_decodes": num_decodes, "max_context_len": max_context_len}
     if not is_supported(q_TNH, q_TNH.shape[-1]):
-        return reference.attention(q_TNH, max_query_len=max_query_len, **keys, **bounds)
+        bounds = {"max_query_len": max_query_len, "max_context_len": max_context_len}
+        return reference.attention(q_TNH, num_decodes=num_decodes, **keys, **bounds)
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     if num_decodes and not one_launch:
-        decode_attention(q_TNH, out_TNH, **keys, **bounds)
+        decode_attention(q_TNH, out_TNH, num_decodes=num_decodes, **keys)
     if max_query_len > 1 or one_launch:
         is_own_choice = block_tokens is None and not one_launch
         if is_own_choice and has_hopper_kernel(q_TNH.device) and suits_hopper_kernel(q_TNH, kv_2BKPH):

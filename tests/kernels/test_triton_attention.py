@@ -10,6 +10,7 @@ import torch
 from minillm.kernels import gpu, reference
 from minillm.kernels.attention import Tile, choose_tile, paired
 from minillm.kernels.decode_attention import MAX_SORTED_ROWS, choose_shares, decode_attention, max_segments
+from minillm.kernels.fused_decode import choose_programs
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 MIXED = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 40), (2, 2), (15, 15), (16, 16), (17, 17), (3, 35), (16, 48), (31, 33)]
@@ -63,6 +64,7 @@ def test_block_and_tile_sizes(make_batch, device, poisoned, block_size, block_to
     [
         (1, (128, 1, 129, 300, 700), (1, 3, 100, None)),
         (8, (2100,), (1, 3)),  # more than the most segments, 16, of the least size
+        (2, (1, 1500, 40, 130, 256), (1, 2, 7, 66)),  # one row among the others that is longer than an even share
     ],
 )
 def test_decode_is_exact_and_equal_however_rows_are_shared(
@@ -75,16 +77,31 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
     for shares in many_shares:
         out_TNH = torch.full_like(q_TNH, torch.nan)
         arguments = {name: inputs[name] for name in names}
-        decode_attention(q_TNH, out_TNH, **arguments, max_context_len=100_000, shares=shares)
+        decode_attention(q_TNH, out_TNH, **arguments, shares=shares)
         outs.append(out_TNH)
     assert largest_error(outs[0], oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
     assert all(torch.equal(out_TNH, outs[0]) for out_TNH in outs)
 
 
 def test_shares_fill_the_gpu() -> None:
-    assert choose_shares(2048, 132) == choose_shares(88, 132) == 1
-    assert [choose_shares(8 * num_rows, 132) for num_rows in (1, 4, 8)] == [33, 9, 5]
+    few, many, none = (choose_shares(num_rows, num_rows, 8, 132) for num_rows in (1, 48, 56))
+    assert few == many == choose_shares(300, 257, 8, 132) == 33 and none == 1
+    assert [choose_programs(8 * num_rows, 132) for num_rows in (1, 4, 8, 11)] == [33, 9, 5, 1]
     assert max_segments(8) == 16 and max_segments(1) == 128
+
+
+@pytest.mark.parametrize("shares", [1, 8])
+def test_longer_rows_and_rows_that_are_not_there_are_left_alone(make_batch, device, poisoned, shares) -> None:
+    """Among the first rows, as in a padded step: rows of several tokens, of none, and dummies."""
+    q_TNH, inputs = make_batch([(1, 300), (1, 20), (1, 700), (3, 40)], device=device)
+    exact_TNH = oracle(q_TNH, inputs)
+    for name, last in (("query_starts_R1", 6), ("context_lens_R", 0), ("rows_R", 0)):
+        inputs[name] = torch.cat((inputs[name], inputs[name].new_full((2,), last)))
+    out_TNH = torch.full_like(q_TNH, torch.nan)
+    keys = {name: inputs[name] for name in inputs if name not in ("num_decodes", "max_query_len", "max_context_len")}
+    decode_attention(q_TNH, out_TNH, **keys, num_decodes=6, shares=shares)
+    assert largest_error(out_TNH[:3], exact_TNH[:3]) <= TOLERANCE[torch.float32]
+    assert out_TNH[3:].isnan().all()
 
 
 def test_many_rows_in_order_of_length(make_batch, device, poisoned) -> None:
@@ -92,7 +109,9 @@ def test_many_rows_in_order_of_length(make_batch, device, poisoned) -> None:
     for num_rows in (40, MAX_SORTED_ROWS + 1):
         rows = [(1, 1 + 7 * i % 20) for i in range(num_rows)]
         q_TNH, inputs = make_batch(rows, num_heads=1, num_kv_heads=1, head_size=16, device=device)
-        assert largest_error(gpu.attention(q_TNH, **inputs), oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
+        out_TNH = torch.full_like(q_TNH, torch.nan)
+        decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=1)
+        assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
 def test_many_rows_of_few_queries(make_batch, device, poisoned) -> None:
@@ -116,7 +135,7 @@ def test_the_only_key_seen_is_returned_to_the_bit(make_batch, device, poisoned, 
     first = inputs["block_tables_SM"][inputs["rows_R"][0], 0]
     values = torch.stack((inputs["kv_2BKPH"][1, first, :, 0], inputs["kv_2BKPH"][1, block, :, slot]))
     out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k != "max_query_len"}, shares=shares)
+    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=shares)
     assert torch.equal(out_TNH, values[:, heads])
 
 
