@@ -103,8 +103,8 @@ class Running:
         self._num_streamed -= request.is_streamed
         request.unseat()
 
-    def plan_decodes(self, plan: StepPlan) -> int:
-        """Give each open decode its tokens; returns how many. This loop sets the scheduler's speed: keep it flat."""
+    def plan_decodes(self, plan: StepPlan) -> Budget:
+        """Give each open decode its tokens; what is left. This loop sets the scheduler's speed: keep it flat."""
         room = self._limits.max_num_batched_tokens
         block_size = self._limits.block_size
         requests, rows, starts = plan.requests, plan.rows, plan.starts
@@ -141,7 +141,8 @@ class Running:
         for i, count in wide:
             plan.counts[i] = count
         plan.num_logits, plan.num_samples = plan.counts[:], plan.counts[:]
-        return self._limits.max_num_batched_tokens - room
+        num_planned = self._limits.max_num_batched_tokens - room
+        return Budget(self._limits, num_planned, sum(starts), self.has_readers)
 
     def plan_prompts(self, plan: StepPlan, budget: Budget) -> Request | None:
         """Chunks of half-done prompts. For blocks they preempt later prompts, not decodes, which are planned by now.

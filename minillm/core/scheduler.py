@@ -85,7 +85,7 @@ class Scheduler:
         """What the next step does; None if there is nothing to do, or all of it waits for results in flight."""
         plan = StepPlan(self._step)
         running = self._running
-        budget = Budget(self.limits, running.plan_decodes(plan), running.has_readers)
+        budget = running.plan_decodes(plan)
         starved = running.plan_prompts(plan, budget)
         # Blocks given up in this step are for those who needed them: nobody is admitted on them.
         is_short = self._requeue()

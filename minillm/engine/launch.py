@@ -89,6 +89,7 @@ def start_parts(model_name: str, config: EngineConfig) -> Parts:
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         soft_cap=sizes.soft_cap,
         soft_cap_few=sizes.soft_cap_few,
+        many_keys=sizes.many_keys,
         attention_equivalence=sizes.attention_equivalence,
         tile_steps=sizes.tile_steps,
         max_num_seqs=sizes.max_num_seqs,

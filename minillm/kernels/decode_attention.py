@@ -1,8 +1,8 @@
 """Attention of rows with one query token: split-KV decoding (Dao et al. 2023, "Flash-Decoding") over the paged cache.
 
 A row's keys are cut into segments whose size follows from the row's own length, and a row is the sum of its segments
-in their order: it depends on nothing else, not on its neighbours or the batch. How many programs share a row is a matter
-of speed alone; each walks its segments in one pipelined loop and starts afresh at each.
+in their order: it depends on nothing else, not on its neighbours or the batch. How many programs share a row is a
+matter of speed alone; each walks its segments in one pipelined loop and starts afresh at each.
 
     keys             0 ... 128 ... 256 ... 384 ... 500
     segments         |  a   |   b   |   c   |  d  |
@@ -29,6 +29,7 @@ P block size, G most segments of a row.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -235,11 +236,11 @@ def decode_kernel(
 def merge_kernel(
     acc_ptr, top_ptr, total_ptr, out_ptr, query_starts_ptr, context_lens_ptr,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, TILE_KEYS: tl.constexpr,
-    MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, NUM_NEW: tl.constexpr, BATCH: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, NUM_NEW: tl.constexpr, HEADS: tl.constexpr,
+    BATCH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, heads): fold the partial results of a row's segments in their order, behind that of NUM_NEW new keys
-    (0 or 1) which are in no segment. Without new keys, rows whose first total is 0 are passed over."""
+    """Grid (rows, heads / HEADS): fold the partial results of a row's segments in their order, behind that of NUM_NEW
+    new keys (0 or 1) which are in no segment. Without new keys, rows whose first total is 0 are passed over."""
     if OVERLAPS:
         gdc_launch_dependents()
     row = tl.program_id(0)
@@ -249,23 +250,23 @@ def merge_kernel(
         gdc_wait()
     if not is_decode:
         return
-    head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
+    first_head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) * HEADS
     if NUM_NEW == 0:
-        if tl.load(total_ptr + head * MAX_SEGMENTS) == 0:
+        if tl.load(total_ptr + first_head * MAX_SEGMENTS) == 0:
             return
-    head += tl.arange(0, 1)
+    head = first_head + tl.arange(0, HEADS)
     dims = tl.arange(0, PADDED_HEAD)
-    sum_acc = tl.zeros([PADDED_HEAD, 1], tl.float32)
-    sum_top = tl.full([1], float("-inf"), tl.float32)
-    sum_total = tl.zeros([1], tl.float32)
+    sum_acc = tl.zeros([PADDED_HEAD, HEADS], tl.float32)
+    sum_top = tl.full([HEADS], float("-inf"), tl.float32)
+    sum_total = tl.zeros([HEADS], tl.float32)
     num_parts = NUM_NEW + tl.cdiv(num_keys, segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS))
     for first in tl.range(0, num_parts, BATCH, num_stages=1):
         accs = ()
         tops = ()
         totals = ()
         for i in tl.static_range(BATCH):  # all asked for before the first is used
-            index = first + i + tl.arange(0, 1)
-            part, is_part = head * (MAX_SEGMENTS + NUM_NEW) + index, index < num_parts
+            part = head * (MAX_SEGMENTS + NUM_NEW) + first + i
+            is_part = tl.full([HEADS], first + i, tl.int32) < num_parts
             is_dim = (dims[:, None] < HEAD_SIZE) & is_part[None, :]
             accs = accs + (tl.load(acc_ptr + part[None, :] * HEAD_SIZE + dims[:, None], mask=is_dim, other=0.0),)
             tops = tops + (tl.load(top_ptr + part, mask=is_part, other=float("-inf")),)
@@ -352,7 +353,7 @@ def decode_attention(
         num_warps=4 if is_half else 8, **overlap_options(device),
     )  # fmt: skip
     if is_dealt:
-        merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants)
+        merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants, num_heads // num_kv_heads)
 
 
 def merge_parts(
@@ -361,11 +362,16 @@ def merge_parts(
     query_starts_R1: Tensor,
     context_lens_R: Tensor,
     constants: dict[str, int],
+    group: int = 1,
     num_new: int = 0,
 ) -> None:
-    """The sum of each row's parts into `out_TNH`, for rows of one token; the first `num_new` hold new keys."""
+    """The sum of each row's parts into `out_TNH`, for rows of one token; the first `num_new` hold new keys.
+
+    `group`: query heads that share a key head. Of many rows most have nothing to merge: fewer programs find that out.
+    """
     num_rows, num_heads = parts.top_RNG.shape[:2]
-    merge_kernel[(num_rows, num_heads)](
-        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, BATCH=8, num_warps=1,
-        **overlap_options(out_TNH.device),
+    heads = math.gcd(group, 4) if num_rows > MAX_SORTED_ROWS else 1
+    merge_kernel[(num_rows, num_heads // heads)](
+        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, HEADS=heads, BATCH=8,
+        num_warps=heads, **overlap_options(out_TNH.device),
     )  # fmt: skip

@@ -227,8 +227,8 @@ def attention(
         "scale": scale,
     }
     if not is_supported(q_TNH, q_TNH.shape[-1]):
-        bounds = {"max_query_len": max_query_len, "max_context_len": max_context_len}
-        return reference.attention(q_TNH, num_decodes=num_decodes, **keys, **bounds)
+        keys |= {"max_query_len": max_query_len, "max_context_len": max_context_len}
+        return reference.attention(q_TNH, num_decodes=num_decodes, **keys)
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     if num_decodes and not one_launch:

@@ -32,6 +32,8 @@ from minillm.runtime.runner import Runner
 
 MIN_DRAFTING_ROWS = 4
 """With speculation a step samples at least what so many rows of drafts need, whatever max_num_seqs."""
+GROWTH = 2.3
+"""Of the longest step over what its decodes alone would take: with what it starts from, gaps stay below three times."""
 ROTARY_BYTES = 8
 """Of the rotary table, per position and entry of a head: fp32, and as much while it is made."""
 TABLE_ENTRY_BYTES = 4
@@ -48,7 +50,9 @@ class DeviceDefaults:
     soft_cap: int
     """Equivalent tokens of a step while rows decode: what keeps the gaps between tokens even."""
     soft_cap_few: int
-    """The same while few rows decode."""
+    """The same while rows decode that read hardly any keys."""
+    flops_per_byte: float
+    """Operations of matrix products in the time in which a byte of keys is read."""
     attention_rate: float
     """Speed of a chunk's attention, in operations, over that of matrix products."""
     tile_steps: tuple[int, ...]
@@ -59,8 +63,9 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_batched_tokens=8192,
     max_num_seqs=256,
     block_size=16,
-    soft_cap=960,
+    soft_cap=1152,
     soft_cap_few=640,
+    flops_per_byte=250,
     attention_rate=0.6,
     tile_steps=STEP_TOKENS,
 )
@@ -70,6 +75,7 @@ CPU_DEFAULTS = DeviceDefaults(
     block_size=16,
     soft_cap=128,
     soft_cap_few=128,
+    flops_per_byte=10,
     attention_rate=1.0,
     tile_steps=(),
 )
@@ -96,6 +102,7 @@ class StepSizes:
     block_size: int
     soft_cap: int
     soft_cap_few: int
+    many_keys: int
     attention_equivalence: float
     tile_steps: tuple[int, ...]
 
@@ -125,7 +132,7 @@ def started_on(
 ) -> Started:
     """`start_runner` on a device, which is the current one where kernels are launched."""
     place = Place(device, choose_dtype(config.dtype, device), kernel_set(device))
-    sizes = choose_sizes(config, model_config, device)
+    sizes = choose_sizes(config, model_config, place)
     check_weights_fit(model_config, place, sizes.max_model_len)
     is_gpu = device.type == "cuda"
     is_drafting = config.max_drafts > 0
@@ -152,9 +159,9 @@ def started_on(
     return Started(runner=runner, sizes=sizes, num_kv_blocks=num_blocks)
 
 
-def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> StepSizes:
+def choose_sizes(config: EngineConfig, model_config: ModelConfig, place: Place) -> StepSizes:
     """Decide every size that a user left open."""
-    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    defaults = GPU_DEFAULTS if place.device.type == "cuda" else CPU_DEFAULTS
     max_model_len = choose_max_model_len(config, model_config)
     max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
     num_tokens = config.max_num_batched_tokens or defaults.max_num_batched_tokens
@@ -176,9 +183,17 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: torch.
         block_size=config.block_size or defaults.block_size,
         soft_cap=min(soft_cap, num_tokens),
         soft_cap_few=min(defaults.soft_cap_few, num_tokens),
+        many_keys=choose_many_keys(defaults, model_config, place.dtype),
         attention_equivalence=defaults.attention_rate * model_config.attention_equivalence,
         tile_steps=defaults.tile_steps,
     )
+
+
+def choose_many_keys(defaults: DeviceDefaults, model_config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys whose reading lets a step take the whole soft cap: it grows by so many times the time that they take."""
+    key_bytes = model_config.kv_bytes_per_token(dtype.itemsize)
+    keys_per_token = 2 * model_config.num_layers * model_config.num_layer_params / (key_bytes * defaults.flops_per_byte)
+    return max(1, round((defaults.soft_cap - defaults.soft_cap_few) * keys_per_token / GROWTH))
 
 
 def choose_device(name: str) -> torch.device:

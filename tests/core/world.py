@@ -35,6 +35,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
         block_size=block_size,
         soft_cap=rng.choice((None, None, max(1, max_tokens // 2), max_tokens)),
         soft_cap_few=rng.choice((None, max(1, max_tokens // 4))),
+        many_keys=rng.choice((1, 40, 200)),
         attention_equivalence=rng.choice((math.inf, 20.0, 200.0)),
         tile_steps=rng.choice(((), (4, 8, 16, 32), (6, 12, 24, 48))),
         enable_prefix_caching=rng.random() < 0.85,
@@ -217,7 +218,8 @@ class World:
         if len(fed) < len(kept):
             assert num_decode_tokens == self.limits.max_num_batched_tokens, "a running decode was left out"
         has_readers = any(request.is_streamed for request in kept + prompts if request.row)
-        self.check_soft_cap(num_decode_tokens if has_readers else 0, works[len(fed) :])
+        num_keys = sum(planned[number].start for number in fed)
+        self.check_soft_cap(num_decode_tokens if has_readers else 0, num_keys, works[len(fed) :])
         self.check_progress([r for r in prompts if r.first_step == seats[r.number]], planned, num_decode_tokens)
         idle = [r.rank for r in prompts if r.row and r.number not in planned]
         assert all(self.requests[seat.request].rank < rank for seat in plan.seats for rank in idle), "seated past"
@@ -239,7 +241,7 @@ class World:
             others = running if victim in decodes else running.prompts
             assert all(request.rank < victim.rank for request in others), "not the largest rank was preempted"
 
-    def check_soft_cap(self, num_decode_tokens: int, chunks: list) -> None:
+    def check_soft_cap(self, num_decode_tokens: int, num_keys: int, chunks: list) -> None:
         limits = self.limits
         if not limits.enable_chunked_prefill:
             for work in chunks:
@@ -247,7 +249,7 @@ class World:
         elif chunks and num_decode_tokens and limits.soft_cap is not None:
             costs = [w.count * (1 + (w.start + w.count / 2) / limits.attention_equivalence) for w in chunks]
             is_due = len(chunks) == 1 and chunks[0].count <= least_chunk(limits)
-            assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap_of(num_decode_tokens) + 1e-6
+            assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap_of(num_keys) + 1e-6
 
     def check_progress(self, prompts: list[Request], planned: dict, num_decode_tokens: int) -> None:
         """The first of the half-done prompts gets on, if the hard cap and the cache let it."""

@@ -104,14 +104,15 @@ def test_longer_rows_and_rows_that_are_not_there_are_left_alone(make_batch, devi
     assert out_TNH[3:].isnan().all()
 
 
-def test_many_rows_in_order_of_length(make_batch, device, poisoned) -> None:
-    """More rows than are sorted at once, with equals; then more than are sorted at all."""
-    for num_rows in (40, MAX_SORTED_ROWS + 1):
-        rows = [(1, 1 + 7 * i % 20) for i in range(num_rows)]
-        q_TNH, inputs = make_batch(rows, num_heads=1, num_kv_heads=1, head_size=16, device=device)
-        out_TNH = torch.full_like(q_TNH, torch.nan)
-        decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=1)
-        assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("num_rows", [40, MAX_SORTED_ROWS + 1])
+def test_many_rows_of_one_query(make_batch, device, poisoned, num_rows, shares) -> None:
+    """More rows than are sorted at once, with equals; then more than are sorted at all. One is longer than a share."""
+    rows = [(1, 900)] + [(1, 1 + 7 * i % 20) for i in range(1, num_rows)]
+    q_TNH, inputs = make_batch(rows, num_heads=4, num_kv_heads=1, head_size=16, device=device)
+    out_TNH = torch.full_like(q_TNH, torch.nan)
+    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=shares)
+    assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
 def test_many_rows_of_few_queries(make_batch, device, poisoned) -> None:

@@ -14,7 +14,15 @@ import torch
 from minillm.config import Configs, EngineConfig
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.runtime.kv_cache import MemoryBudget, control_group_limit, make_kv_cache
-from minillm.runtime.startup import choose_num_blocks, choose_sizes
+from minillm.runtime.startup import (
+    CPU_DEFAULTS,
+    GPU_DEFAULTS,
+    Place,
+    choose_many_keys,
+    choose_num_blocks,
+    choose_sizes,
+    kernel_set,
+)
 
 CPU = torch.device("cpu")
 BUDGET = MemoryBudget(
@@ -32,7 +40,17 @@ BUDGET = MemoryBudget(
 
 
 def blocks(config: EngineConfig, budget: MemoryBudget = BUDGET) -> int:
-    return choose_num_blocks(config, budget, choose_sizes(config, Configs.SMOLLM2_135M, CPU), CPU)
+    place = Place(CPU, torch.float32, kernel_set(CPU))
+    return choose_num_blocks(config, budget, choose_sizes(config, Configs.SMOLLM2_135M, place), CPU)
+
+
+def test_a_step_grows_with_the_time_that_its_decodes_take() -> None:
+    """On an H100 a key is read in 1/426 of the time of a token's products (Llama 3.1 8B) or 1/31 (Qwen3 0.6B)."""
+    large, small = (
+        choose_many_keys(GPU_DEFAULTS, c, torch.bfloat16) for c in (Configs.LLAMA_3_1_8B, Configs.QWEN3_0_6B)
+    )
+    assert large == pytest.approx(512 * 426 / 2.3, rel=0.01) and small == pytest.approx(512 * 30.7 / 2.3, rel=0.01)
+    assert choose_many_keys(CPU_DEFAULTS, Configs.QWEN3_0_6B, torch.float32) == 1  # one cap for all
 
 
 def test_what_is_left_holds_whole_blocks_and_the_dummy() -> None:
