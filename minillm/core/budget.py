@@ -3,10 +3,10 @@
 The hard cap bounds activation memory. While rows decode and somebody reads their tokens as they come, a soft cap bounds
 how long they wait; without readers a long step costs nobody anything, and is cheaper than several short ones. The soft
 cap is in equivalent tokens: a chunk of n tokens at mean context c costs n * (1 + c / kappa), kappa being the context at
-which a token's attention costs as much as its matrices. Rows that read few keys are used to shorter steps than rows
-that read many, and their cap is smaller, so that a chunk makes neither's gap many times the usual. Decodes come first,
-as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). The first chunk of a step may pass the soft cap, so that
-however long its context, the prompt whose turn it is gets on.
+which a token's attention costs as much as its matrices. Few rows of short contexts are used to shorter steps than many
+rows, or than rows that read many keys, and their cap is smaller, so that a chunk makes nobody's gap many times the
+usual. Decodes come first, as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). The first chunk of a step may
+pass the soft cap, so that however long its context, the prompt whose turn it is gets on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from minillm.errors import ConfigError
 
 __all__ = ["Budget", "SchedulerLimits"]
+
+
+MANY_ROWS = 96
+"""Tokens of decodes, drafts among them, from which on a step may take all of the soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +42,10 @@ class SchedulerLimits:
     """Equivalent tokens of a step in which rows with readers decode, but for the least first chunk. None: the hard cap
     alone."""
     soft_cap_few: int | None = None
-    """The soft cap of a step whose decodes read hardly any keys, from which it rises evenly. None: the same for all."""
-    many_keys: int = 1
-    """Keys read by a step's decodes, all their contexts together, from which on it may take all of the soft cap."""
+    """The soft cap of a step with hardly any decodes, from which it rises evenly. None: the same for all."""
+    many_keys: int | None = None
+    """Keys read by a step's decodes, all their contexts together, from which on it may take all of the soft cap. None:
+    their number alone decides."""
     attention_equivalence: float = math.inf
     """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
     tile_steps: tuple[int, ...] = ()
@@ -56,19 +61,12 @@ class SchedulerLimits:
     """Requests that may be admitted before a head of the queue that waits for memory."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_num_batched_tokens",
-            "max_num_seqs",
-            "max_model_len",
-            "block_size",
-            "min_chunk_size",
-            "many_keys",
-        ):
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "min_chunk_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_kv_blocks < 2:
             raise ConfigError(f"num_kv_blocks must be at least 2 (one is a dummy), not {self.num_kv_blocks}")
-        for name in ("soft_cap", "soft_cap_few", "max_chunk_size"):
+        for name in ("soft_cap", "soft_cap_few", "many_keys", "max_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -108,11 +106,12 @@ class SchedulerLimits:
         cap = min(self.max_num_batched_tokens, self.soft_cap or self.max_num_batched_tokens)
         return min(self.min_chunk_size, self.max_chunk_size or cap, max(1, cap // 2))
 
-    def soft_cap_of(self, num_keys: int) -> float:
-        """Equivalent tokens of a step whose decodes read so many keys; 0 without a soft cap."""
+    def soft_cap_of(self, num_decode_tokens: int, num_keys: int) -> float:
+        """Equivalent tokens of a step with so many of decodes, which read so many keys; 0 without a soft cap."""
         most = self.soft_cap or 0
         few = min(most, self.soft_cap_few or most)
-        return few + (most - few) * min(1.0, num_keys / self.many_keys)
+        of_keys = num_keys / self.many_keys if self.many_keys else 0.0
+        return few + (most - few) * min(1.0, max(num_decode_tokens / MANY_ROWS, of_keys))
 
     def find_fault(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a request of this size can never be served and what to change, or None."""
@@ -145,7 +144,7 @@ class Budget:
         self._used = num_decode_tokens
         is_capped = limits.soft_cap is not None and limits.enable_chunked_prefill
         self._is_soft = num_decode_tokens > 0 and has_readers and is_capped
-        self._soft_room = limits.soft_cap_of(num_keys) - num_decode_tokens
+        self._soft_room = limits.soft_cap_of(num_decode_tokens, num_keys) - num_decode_tokens
         self._least_chunk = limits.least_chunk
         self._num_due = self._least_chunk  # tokens due to the first chunk, whatever the soft cap has left
 

@@ -35,7 +35,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
         block_size=block_size,
         soft_cap=rng.choice((None, None, max(1, max_tokens // 2), max_tokens)),
         soft_cap_few=rng.choice((None, max(1, max_tokens // 4))),
-        many_keys=rng.choice((1, 40, 200)),
+        many_keys=rng.choice((None, 40, 200)),
         attention_equivalence=rng.choice((math.inf, 20.0, 200.0)),
         tile_steps=rng.choice(((), (4, 8, 16, 32), (6, 12, 24, 48))),
         enable_prefix_caching=rng.random() < 0.85,
@@ -249,7 +249,7 @@ class World:
         elif chunks and num_decode_tokens and limits.soft_cap is not None:
             costs = [w.count * (1 + (w.start + w.count / 2) / limits.attention_equivalence) for w in chunks]
             is_due = len(chunks) == 1 and chunks[0].count <= least_chunk(limits)
-            assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap_of(num_keys) + 1e-6
+            assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap_of(num_decode_tokens, num_keys) + 1e-6
 
     def check_progress(self, prompts: list[Request], planned: dict, num_decode_tokens: int) -> None:
         """The first of the half-done prompts gets on, if the hard cap and the cache let it."""
