@@ -245,7 +245,7 @@ def bench_lossless(
 @with_fields(EngineConfig, "config", enable_prefix_caching=False)
 def bench_company(
     model: ModelOption = "smollm2",
-    num_rows: Annotated[int, typer.Option(min=1, help="Rows that decode at once, the demanding one included.")] = 256,
+    num_rows: Annotated[int, typer.Option(min=2, help="Rows that decode at once, the demanding one included.")] = 256,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens that each row generates.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind of row.")] = 3,
