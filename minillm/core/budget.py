@@ -20,7 +20,7 @@ from minillm.errors import ConfigError
 __all__ = ["Budget", "SchedulerLimits"]
 
 
-MANY_ROWS = 96
+MANY_ROWS = 256
 """Tokens of decodes, drafts among them, from which on a step may take all of the soft cap."""
 
 
@@ -44,8 +44,8 @@ class SchedulerLimits:
     soft_cap_few: int | None = None
     """The soft cap of a step with hardly any decodes, from which it rises evenly. None: the same for all."""
     many_keys: int | None = None
-    """Keys read by a step's decodes, all their contexts together, from which on it may take all of the soft cap. None:
-    their number alone decides."""
+    """Keys read by a step's decodes, all their contexts together, from which on it may take at least the mean of both
+    caps. None: the number of decodes alone decides."""
     attention_equivalence: float = math.inf
     """Kappa: the context, in tokens, at which a token's attention costs as much as its matrices."""
     tile_steps: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ class SchedulerLimits:
         """Equivalent tokens of a step with so many of decodes, which read so many keys; 0 without a soft cap."""
         most = self.soft_cap or 0
         few = min(most, self.soft_cap_few or most)
-        of_keys = num_keys / self.many_keys if self.many_keys else 0.0
+        of_keys = min(0.5, num_keys / (2 * self.many_keys)) if self.many_keys else 0.0
         return few + (most - few) * min(1.0, max(num_decode_tokens / MANY_ROWS, of_keys))
 
     def find_fault(self, num_prompt: int, max_tokens: int) -> str | None:

@@ -32,8 +32,6 @@ from minillm.runtime.runner import Runner
 
 MIN_DRAFTING_ROWS = 4
 """With speculation a step samples at least what so many rows of drafts need, whatever max_num_seqs."""
-GROWTH = 2.3
-"""Of the longest step over what its decodes alone would take: with what it starts from, gaps stay below three times."""
 ROTARY_BYTES = 8
 """Of the rotary table, per position and entry of a head: fp32, and as much while it is made."""
 TABLE_ENTRY_BYTES = 4
@@ -63,8 +61,8 @@ GPU_DEFAULTS = DeviceDefaults(
     max_num_batched_tokens=8192,
     max_num_seqs=256,
     block_size=16,
-    soft_cap=1152,
-    soft_cap_few=640,
+    soft_cap=1280,
+    soft_cap_few=720,
     flops_per_byte=250,
     attention_rate=0.6,
     tile_steps=STEP_TOKENS,
@@ -190,10 +188,10 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, place: Place) 
 
 
 def choose_many_keys(defaults: DeviceDefaults, model_config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys whose reading lets a step take the whole soft cap: it grows by so many times the time that they take."""
+    """Keys whose reading raises the soft cap half the way: by as many tokens as take that time."""
     key_bytes = model_config.kv_bytes_per_token(dtype.itemsize)
     keys_per_token = 2 * model_config.num_layers * model_config.num_layer_params / (key_bytes * defaults.flops_per_byte)
-    return max(1, round((defaults.soft_cap - defaults.soft_cap_few) * keys_per_token / GROWTH))
+    return max(1, round((defaults.soft_cap - defaults.soft_cap_few) / 2 * keys_per_token))
 
 
 def choose_device(name: str) -> torch.device:

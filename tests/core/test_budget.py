@@ -73,16 +73,16 @@ def test_the_soft_cap_holds_only_while_rows_decode() -> None:
 
 def test_few_decodes_have_a_smaller_soft_cap() -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=400, soft_cap_few=208)
-    assert [limits.soft_cap_of(num, 10**6) for num in (0, 1, 24, 48, 96, 200)] == [208, 210, 256, 304, 400, 400]
-    assert [Budget(limits, num).chunk_size(0, 10**6) for num in (1, 48, 96, 200)] == [209, 256, 304, 200]
+    assert [limits.soft_cap_of(num, 10**6) for num in (0, 4, 64, 128, 256, 300)] == [208, 211, 256, 304, 400, 400]
+    assert [Budget(limits, num).chunk_size(0, 10**6) for num in (4, 64, 128, 256)] == [207, 192, 176, 144]
     assert limits_of(soft_cap=100, soft_cap_few=208).soft_cap_of(1, 1) == 100
 
 
 def test_few_decodes_that_read_many_keys_have_the_large_one() -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=400, soft_cap_few=208, many_keys=960)
-    assert [limits.soft_cap_of(1, keys) for keys in (0, 10, 240, 480, 960, 2000)] == [210, 210, 256, 304, 400, 400]
-    assert limits.soft_cap_of(48, 240) == 304
-    assert Budget(limits, 4, 480).chunk_size(0, 10**6) == 300
+    assert [limits.soft_cap_of(4, keys) for keys in (0, 10, 240, 480, 960, 2000)] == [211, 211, 232, 256, 304, 304]
+    assert limits.soft_cap_of(128, 240) == 304
+    assert Budget(limits, 4, 960).chunk_size(0, 10**6) == 300
 
 
 def test_the_soft_cap_is_for_readers() -> None:
