@@ -2,8 +2,8 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, decode_attention, edits, expand_kernel, fused, sampling behind it;
-               for steps of a few rows skinny and fused_decode, for some more hopper_linear)
+    gpu        Triton (attention, hopper_attention, decode_attention, edits, expand_kernel, fused, sampling, scores
+               behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -12,7 +12,7 @@ it launches before the first step.
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, C = (N + 2K) * H,
 R rows, S seats, M blocks a seat can hold, B blocks, P block size (slots of a block), L rows of logits, V vocabulary,
 O output features, E entries of a rotary table = positions, and of edits K edited rows,
-N positions, P words of a profile, M masks, W = V / 32 words of one.
+N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M scored tokens, X words of one.
 
     expand_step_inputs(columns_5R, tokens, *, block_tables_SM, last_tokens_S, block_size, num_tokens) -> StepInputs
         a step's columns, one value a row, as what the model reads, one value a token.
@@ -59,4 +59,7 @@ N positions, P words of a profile, M masks, W = V / 32 words of one.
         `is_random`: some row samples. `is_filtered`: some row has top_k, top_p or min_p. Both known on the host.
     keep_tokens(tokens_L, is_finite_L, *, seats_L, last_tokens_S) -> samples_L
         last_tokens_S[seats] = tokens, of several for a seat any; samples are the tokens, -1 where a row failed.
+    score_tokens(logits_LV, tokens_L, rows_M, num_top) -> words_MX (int32)
+        logprobs of the tokens of some rows, how many others are likelier, and the `num_top` likeliest;
+        `scores_reference` has the layout of the words.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from minillm.kernels.cpu_linear import PackedWeight, linear, pack_linear
 from minillm.kernels.edits_reference import edit_logits, keep_edited, note_inputs
 from minillm.kernels.sampling_reference import gumbel_noise, keep_mask, keep_tokens
+from minillm.kernels.scores_reference import score_tokens
 from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rotary_and_store",
     "sample",
+    "score_tokens",
     "silu_mul",
 ]
 

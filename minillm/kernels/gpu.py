@@ -24,6 +24,7 @@ from minillm.kernels.edits import edit_logits, keep_edited, note_inputs
 from minillm.kernels.expand_kernel import expand_step_inputs
 from minillm.kernels.fused_decode import fused_decode
 from minillm.kernels.sampling import keep_tokens, sample
+from minillm.kernels.scores import score_tokens
 from minillm.kernels.skinny import add_linear, max_fused_rows, norm_gated_linear, norm_linear
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rotary_and_store",
     "sample",
+    "score_tokens",
     "silu_mul",
 ]
 

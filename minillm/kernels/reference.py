@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minillm.kernels.edits_reference import edit_logits, keep_edited, note_inputs
 from minillm.kernels.sampling_reference import keep_tokens, sample
+from minillm.kernels.scores_reference import score_tokens
 from minillm.kernels.step_inputs import expand_step_inputs
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "rms_norm",
     "rotary_and_store",
     "sample",
+    "score_tokens",
     "silu_mul",
 ]
 

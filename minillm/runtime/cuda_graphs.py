@@ -42,6 +42,9 @@ class Stages(Protocol):
     def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
         """Sample padding again, as if its logits were edited: no graph holds these launches."""
 
+    def finish_scored(self, finished: Finished) -> None:
+        """Score padding's samples, as if their logprobs were asked for: these are in no graph either."""
+
 
 class Finished(NamedTuple):
     """What head and sampling give."""
@@ -128,6 +131,7 @@ def run_each_shape(stages: Stages, shapes: PaddedShapes, max_tokens: int, device
             finished = stages.finish(x_TD, samples_3L, kind)
     for kind in SAMPLING_KINDS:
         stages.finish_edited(finished, kind)
+    stages.finish_scored(finished)
     for shape in layer_shapes(shapes):
         stages.run_layers(*padding(*shape, device))
 

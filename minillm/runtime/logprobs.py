@@ -1,17 +1,19 @@
 """Logprobs of sampled tokens and of prompts' tokens, with the likeliest tokens beside them. It knows no requests.
 
-The device packs each scored token into 32-bit words that follow the step's samples to the host:
+The device packs each scored token into 32-bit words (`kernels.scores_reference` has their layout), which follow the
+step's samples to the host:
 
-    | logprobs, fp32 bits: own, likeliest k | likelier tokens | likeliest k |    k: most that a row of the step asks
+    | samples | words of a sampled token | of another | ... | words of a prompt's token | ... |
 
 Shapes: R rows of the batch, E of them whose samples are scored, L rows of logits, V vocabulary, M scored tokens, X
-words of one, Y = 1 + k of them logprobs.
+words of one: two, and two for each likeliest token of the row that asks for most.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -22,10 +24,8 @@ from minillm.runtime.batching import ScoreWords, column, places_of, trailing
 from minillm.runtime.rows import Ints
 
 NOTHING = np.zeros(0, np.int32)
-NUM_PARTS = 64
-"""Of the vocabulary, which most models have in a multiple of it."""
-MAX_SCORED_ROWS = 64
-"""Rows of logits in fp32 at once: a prompt's would fill the memory."""
+MAX_PROMPT_ROWS = 64
+"""Rows of a prompt's logits at once: all of them would fill the memory."""
 
 
 class LogprobRows:
@@ -86,32 +86,8 @@ class LogprobRows:
         return np.stack([rows, np.full(num, entry), positions, likeliest]), tokens[positions]
 
 
-def likeliest(logits_LV: Tensor, num_top: int) -> Tensor:
-    """Tokens [L, k] of the largest logits, the largest first.
-
-    Those of parts of the vocabulary, and then of these: of one long row a GPU's `topk` takes some 24 launches.
-    """
-    num_rows, num_tokens = logits_LV.shape
-    size = num_tokens // NUM_PARTS
-    if num_tokens % NUM_PARTS or num_top > size:
-        return logits_LV.topk(num_top).indices
-    parts = logits_LV.view(num_rows, NUM_PARTS, size).topk(num_top)
-    firsts = torch.arange(0, num_tokens, size, device=logits_LV.device)
-    tokens = (parts.indices + firsts[:, None]).flatten(1)
-    return tokens.gather(1, parts.values.flatten(1).topk(num_top).indices)
-
-
-def scored(logits_LV: Tensor, tokens_L: Tensor, num_top: int) -> Tensor:
-    """Words [L, X] int32 of tokens and the `num_top` likeliest ones."""
-    logits_LV = logits_LV.float()
-    tokens_L1 = tokens_L.clamp(min=0).long()[:, None]
-    top_Lk = likeliest(logits_LV, min(num_top, logits_LV.shape[1]))
-    num_likelier_L1 = (logits_LV > logits_LV.gather(1, tokens_L1)).sum(-1, keepdim=True, dtype=torch.int32)
-    logprobs_LY = logits_LV.log_softmax(-1).gather(1, torch.cat([tokens_L1, top_Lk], dim=1))
-    return torch.cat([logprobs_LY.view(torch.int32), num_likelier_L1, top_Lk.int()], dim=1)
-
-
 def score_step(
+    ops: ModuleType,
     words: ScoreWords,
     rows_M: Tensor,
     targets: Tensor,
@@ -124,14 +100,14 @@ def score_step(
     """
     logits_LV, samples_L = sampled
     num_top, num_sampled = int(words.num_top.max()), words.num_sampled
-    parts = []
-    for at in range(0, num_sampled, MAX_SCORED_ROWS):
-        rows = rows_M[at : min(at + MAX_SCORED_ROWS, num_sampled)]
-        parts.append(scored(logits_LV.index_select(0, rows), samples_L.index_select(0, rows), num_top).flatten())
-    for at in range(0, len(targets), MAX_SCORED_ROWS):
-        rows = rows_M[num_sampled + at : num_sampled + at + MAX_SCORED_ROWS]
-        parts.append(scored(logits(rows), targets[at : at + MAX_SCORED_ROWS], num_top).flatten())
-    return torch.cat([samples_L, *parts])
+    parts = [samples_L]
+    if num_sampled:
+        parts.append(ops.score_tokens(logits_LV, samples_L, rows_M[:num_sampled], num_top).view(-1))
+    for at in range(0, len(targets), MAX_PROMPT_ROWS):
+        part_LV = logits(rows_M[num_sampled + at :][:MAX_PROMPT_ROWS])
+        rows = torch.arange(len(part_LV), dtype=torch.int32, device=rows_M.device)
+        parts.append(ops.score_tokens(part_LV, targets[at:], rows, num_top).view(-1))
+    return torch.cat(parts)
 
 
 def logprob_columns(

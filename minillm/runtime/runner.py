@@ -166,6 +166,11 @@ class Runner:
         edits.note(self.ops, columns_7K, self.rows.last_tokens_S)
         self._sample_edited(edits, finished, columns_7K, None, kind)
 
+    def finish_scored(self, finished: Finished) -> None:
+        """Score padding's samples: what steps with logprobs launch beside `finish`, however many they ask for."""
+        samples_L, logits_LV = finished
+        self.ops.score_tokens(logits_LV, samples_L, torch.zeros_like(samples_L), 1)
+
     def _sample_edited(
         self,
         edits: LogitEdits,
@@ -299,7 +304,7 @@ class Runner:
         if words.scores is None or passed.scored is None:
             return samples_L
         logits = partial(self._logits, passed.x_TD)
-        return score_step(words.scores, *passed.scored, logits, (logits_LV, samples_L))
+        return score_step(self.ops, words.scores, *passed.scored, logits, (logits_LV, samples_L))
 
     def _bounds(self, words: StepWords) -> StepWords | Bounds:
         if self.device.type != "cuda":

@@ -22,6 +22,7 @@ class Notes:
         self.layers: list[tuple[int, int, bool]] = []
         self.finished: list[tuple[int, tuple[bool, bool]]] = []
         self.edited: list[tuple[bool, bool]] = []
+        self.scored: list[int] = []
 
     def run_layers(self, columns_5R: Tensor, tokens_T: Tensor, has_drafts: bool) -> Tensor:
         self.layers.append((columns_5R.shape[1], tokens_T.shape[0], has_drafts))
@@ -35,6 +36,9 @@ class Notes:
     def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
         self.edited.append(kind)
 
+    def finish_scored(self, finished: Finished) -> None:
+        self.scored.append(len(finished.samples_L))
+
 
 @pytest.mark.parametrize("is_drafting", [False, True])
 @pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(20, 300), (256, 8192), (40, 16)])
@@ -46,7 +50,7 @@ def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int, is_drafting
     drafts = [(size, size, True) for size in shapes.draft_sizes]
     assert bool(drafts) is is_drafting and sorted(notes.layers) == sorted(mixed + decodes + drafts)
     assert sorted(notes.finished) == sorted((size, kind) for size in shapes.decode_sizes for kind in SAMPLING_KINDS)
-    assert notes.edited == list(SAMPLING_KINDS)
+    assert notes.edited == list(SAMPLING_KINDS) and notes.scored == [shapes.decode_sizes[0]]
 
 
 def test_no_shape_of_graphs_is_missing() -> None:
@@ -76,7 +80,7 @@ def test_steps_compile_and_capture_nothing(model: str, enforce_eager: bool) -> N
             prompts = [[rng.randrange(5, 500) for _ in range(rng.choice((1, 30, 700, 1900)))] for _ in range(num)]
             kinds = [
                 {"temperature": 0.0},
-                {"temperature": 0.8, "logprobs": 2},
+                {"temperature": 0.8, "logprobs": num // 2},
                 {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.1},
             ]
             params = [SamplingParams(max_tokens=9, ignore_eos=True, **kinds[i % 3]) for i in range(num)]
@@ -107,6 +111,9 @@ class Products:
 
     def finish_edited(self, finished: Finished, kind: tuple[bool, bool]) -> None:
         """Nothing is edited here."""
+
+    def finish_scored(self, finished: Finished) -> None:
+        """Nothing is scored here."""
 
 
 @pytest.mark.gpu
