@@ -19,7 +19,6 @@ from minillm.errors import ConfigError
 
 __all__ = ["Budget", "SchedulerLimits"]
 
-
 MANY_ROWS = 256
 """Tokens of decodes, drafts among them, from which on a step may take all of the soft cap."""
 

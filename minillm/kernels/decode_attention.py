@@ -163,6 +163,10 @@ def decode_kernel(
         row, place, num_programs, num_own = deal(query_starts_ptr, context_lens_ptr, row, num_rows, num_shares,
                                                  PADDED_ROWS, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)  # fmt: skip
         if row >= num_rows:
+            if (
+                OVERLAPS
+            ):  # of a batch without decodes all programs end here, and what follows waits for this kernel alone
+                gdc_wait()
             return
         is_whole = num_programs == 1
     if IS_SORTED:
@@ -300,7 +304,8 @@ def can_overlap(device: torch.device) -> bool:
 def overlap_options(device: torch.device) -> dict[str, bool]:
     """Options of a launch that can start while the kernel before it ends, for a kernel with the parameter OVERLAPS.
 
-    All its programs must call `gdc_wait` before they write, and before they read what a kernel of a layer writes.
+    All its programs must call `gdc_wait` before they write, and before they read what a kernel of a layer writes; in
+    every launch one of them must, as the next kernel waits for this one and for none before it.
     """
     return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(device) else {"OVERLAPS": False}
 

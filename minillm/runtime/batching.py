@@ -33,7 +33,7 @@ NUM_SAMPLE_COLUMNS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedShapes:
-    """Shapes that steps are padded to, ascending; a step beyond the largest keeps its own."""
+    """Shapes that steps are padded to, ascending; a step beyond the largest keeps its own number of tokens."""
 
     decode_sizes: tuple[int, ...] = ()
     """Rows of a step in which every row computes one token and samples it; rows of logits of any step."""
@@ -145,7 +145,7 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
     if is_decode:
         num_padded = padded_size(num_rows, shapes.draft_sizes if has_drafts else shapes.decode_sizes)
         num_tokens = num_decodes = num_padded
-    elif num_batched <= max(shapes.mixed_sizes, default=0):
+    elif shapes.mixed_sizes:
         num_padded = num_decodes = shapes.num_rows
         num_tokens = padded_size(num_batched, shapes.mixed_sizes)
     else:

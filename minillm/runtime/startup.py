@@ -100,7 +100,7 @@ class StepSizes:
     block_size: int
     soft_cap: int
     soft_cap_few: int
-    many_keys: int
+    many_keys: int | None
     attention_equivalence: float
     tile_steps: tuple[int, ...]
 
@@ -171,7 +171,10 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, place: Place) 
             )
         num_tokens = max(num_tokens, max_model_len)
     # Even with every row decoding, a step has room for half the usual chunk.
-    soft_cap = max(defaults.soft_cap, max_num_seqs + defaults.soft_cap // 2)
+    soft_cap = min(max(defaults.soft_cap, max_num_seqs + defaults.soft_cap // 2), num_tokens)
+    soft_cap_few = min(defaults.soft_cap_few, num_tokens)
+    layer_flops = 2 * model_config.num_layers * model_config.num_layer_params
+    reading_rate = defaults.flops_per_byte * model_config.kv_bytes_per_token(place.dtype.itemsize)
     min_samples = MIN_DRAFTING_ROWS * (1 + config.max_drafts) if config.speculative else 1
     return StepSizes(
         max_model_len=max_model_len,
@@ -179,19 +182,13 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, place: Place) 
         max_num_batched_tokens=num_tokens,
         max_num_samples=min(num_tokens, max(max_num_seqs, min_samples)),
         block_size=config.block_size or defaults.block_size,
-        soft_cap=min(soft_cap, num_tokens),
-        soft_cap_few=min(defaults.soft_cap_few, num_tokens),
-        many_keys=choose_many_keys(defaults, model_config, place.dtype),
+        soft_cap=soft_cap,
+        soft_cap_few=soft_cap_few,
+        # Their reading takes as long as the products of as many tokens as they raise the cap by.
+        many_keys=round((soft_cap - soft_cap_few) / 2 * layer_flops / reading_rate) or None,
         attention_equivalence=defaults.attention_rate * model_config.attention_equivalence,
         tile_steps=defaults.tile_steps,
     )
-
-
-def choose_many_keys(defaults: DeviceDefaults, model_config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys whose reading raises the soft cap half the way: by as many tokens as take that time."""
-    key_bytes = model_config.kv_bytes_per_token(dtype.itemsize)
-    keys_per_token = 2 * model_config.num_layers * model_config.num_layer_params / (key_bytes * defaults.flops_per_byte)
-    return max(1, round((defaults.soft_cap - defaults.soft_cap_few) / 2 * keys_per_token))
 
 
 def choose_device(name: str) -> torch.device:

@@ -148,10 +148,11 @@ def test_a_mixed_step_is_padded_by_empty_rows_and_tokens_of_no_row() -> None:
     assert (len(words.order), words.num_decodes, words.num_samples) == (2, 5, 1)
 
 
-def test_a_step_beyond_the_shapes_keeps_its_own() -> None:
+def test_a_step_beyond_the_shapes_keeps_its_tokens() -> None:
+    """Its rows are padded all the same: no number of them is to want a kernel of its own."""
     plan = make_plan((3, 0, 17, list(range(17))), samples=[1])
     words = padded_step_words(plan, Rows(8, 4, CPU), SHAPES)
-    assert (words.num_tokens, words.num_decodes, words.columns.shape) == (17, 0, (NUM_ROW_COLUMNS, 1))
+    assert (words.num_tokens, words.num_decodes, words.columns.shape) == (17, 5, (NUM_ROW_COLUMNS, 5))
 
 
 DRAFT_SHAPES = PaddedShapes(decode_sizes=(1, 2, 4, 8), draft_sizes=(4, 8), mixed_sizes=(16,), num_rows=9)

@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.config import Configs, EngineConfig
+from minillm.config import Configs, EngineConfig, ModelConfig
 from minillm.errors import ConfigError, MemoryFitError
 from minillm.runtime.kv_cache import MemoryBudget, control_group_limit, make_kv_cache
-from minillm.runtime.startup import (
-    CPU_DEFAULTS,
-    GPU_DEFAULTS,
-    Place,
-    choose_many_keys,
-    choose_num_blocks,
-    choose_sizes,
-    kernel_set,
-)
+from minillm.runtime.startup import Place, StepSizes, choose_num_blocks, choose_sizes, kernel_set
 
 CPU = torch.device("cpu")
 BUDGET = MemoryBudget(
@@ -46,11 +38,17 @@ def blocks(config: EngineConfig, budget: MemoryBudget = BUDGET) -> int:
 
 def test_a_step_grows_with_the_time_that_its_decodes_take() -> None:
     """On an H100 a key is read in 1/426 of the time of a token's products (Llama 3.1 8B) or 1/31 (Qwen3 0.6B)."""
-    large, small = (
-        choose_many_keys(GPU_DEFAULTS, c, torch.bfloat16) for c in (Configs.LLAMA_3_1_8B, Configs.QWEN3_0_6B)
+
+    def sizes(model: ModelConfig, device: str, dtype: torch.dtype, **options: int) -> StepSizes:
+        return choose_sizes(EngineConfig(**options), model, Place(torch.device(device), dtype, kernel_set(CPU)))
+
+    large, small = (sizes(m, "cuda", torch.bfloat16) for m in (Configs.LLAMA_3_1_8B, Configs.QWEN3_0_6B))
+    assert large.many_keys == pytest.approx(280 * 426, rel=0.01) and small.many_keys == pytest.approx(
+        280 * 30.7, rel=0.01
     )
-    assert large == pytest.approx(280 * 426, rel=0.01) and small == pytest.approx(280 * 30.7, rel=0.01)
-    assert choose_many_keys(CPU_DEFAULTS, Configs.QWEN3_0_6B, torch.float32) == 1  # one cap for all
+    more = sizes(Configs.LLAMA_3_1_8B, "cuda", torch.bfloat16, max_num_seqs=1024)
+    assert more.many_keys == pytest.approx((1664 - 720) / 2 * 426, rel=0.01)
+    assert sizes(Configs.QWEN3_0_6B, "cpu", torch.float32).many_keys is None  # one cap for all
 
 
 def test_what_is_left_holds_whole_blocks_and_the_dummy() -> None:
