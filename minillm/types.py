@@ -220,7 +220,8 @@ class BeamSearchParams:
     """When to stop with beam_width continuations complete: True at once, False when the likeliest that goes on scores
     no better by its length so far, "never" when it could not at any length up to max_tokens."""
     stop_token_ids: tuple[int, ...] | list[int] = ()
-    """A continuation is complete at one of these tokens, beside the model's own end tokens."""
+    """A continuation is complete at one of these tokens, beside the model's own end tokens. beam_width times one more
+    than there are of both is at most 1,024."""
     ignore_eos: bool = False
     """The model's end tokens complete nothing."""
 

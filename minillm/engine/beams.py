@@ -18,6 +18,9 @@ from minillm.types import BeamSearchParams, FinishReason, SamplingParams, Timing
 
 __all__ = ["BeamRun", "BeamRuns"]
 
+MAX_CANDIDATES = 1024
+"""Likeliest tokens asked for of each member: the device keeps so many of each part of the vocabulary."""
+
 
 class BeamRun:
     """A search as the engine's callers see it."""
@@ -61,6 +64,11 @@ class BeamRuns:
         if num_candidates > self._info.vocab_size:
             raise RequestError(
                 f"beam_width {width} takes {num_candidates} different tokens and the model has {self._info.vocab_size}"
+            )
+        if num_candidates > MAX_CANDIDATES:
+            raise RequestError(
+                f"beam_width {width} and the stop tokens take {num_candidates} candidates a beam and {MAX_CANDIDATES} "
+                "are the most: lower beam_width or give fewer stop_token_ids"
             )
         max_len = min(len(prompt) + params.max_tokens, limits.max_len)
         # With a block more each, all members fit at once even if they share nothing: searches that run alone get on.

@@ -42,6 +42,14 @@ def chat_logprobs(tokenizer: Tokenizer, scores: Iterable[TokenScore]) -> dict[st
     return {"content": content, "refusal": None}
 
 
+def likeliest(tokenizer: Tokenizer, score: TokenScore) -> dict[str, float]:
+    """The likeliest tokens by text, and the token itself; where texts are equal (parts of characters) the likelier."""
+    found: dict[str, float] = {}
+    for token, logprob in (*score.top, (score.token, score.logprob)):
+        found.setdefault(text_of(tokenizer, token), finite(logprob))
+    return found
+
+
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], scores: Sequence[TokenScore | None], start: int
 ) -> dict[str, Any]:
@@ -54,9 +62,6 @@ def completion_logprobs(
     return {
         "tokens": texts,
         "token_logprobs": [None if score is None else finite(score.logprob) for score in scores],
-        "top_logprobs": [
-            None if score is None else {text_of(tokenizer, token): finite(logprob) for token, logprob in score.top}
-            for score in scores
-        ],
+        "top_logprobs": [None if score is None else likeliest(tokenizer, score) for score in scores],
         "text_offset": offsets,
     }

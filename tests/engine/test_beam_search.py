@@ -221,3 +221,13 @@ def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) 
         with pytest.raises(RequestError, match=words):
             llm.beam_search([[5, 6, 7]], BeamSearchParams(**values))
         assert not llm.engine.has_work
+
+
+def test_more_candidates_than_the_device_keeps_are_refused() -> None:
+    with LLM("smollm2", **BASE) as llm:
+        params = BeamSearchParams(beam_width=16, max_tokens=2, stop_token_ids=list(range(1000, 1064)))
+        with pytest.raises(RequestError, match="1056 candidates a beam and 1024 are the most"):
+            llm.beam_search([[5, 6, 7]], params)
+        assert not llm.engine.has_work
+        most = BeamSearchParams(beam_width=16, max_tokens=2, stop_token_ids=list(range(1000, 1062)))
+        assert len(llm.beam_search([[5, 6, 7]], most)[0].sequences) == 16

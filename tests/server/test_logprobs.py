@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from minillm import LLM, SamplingParams
+from minillm.server.logprobs import completion_logprobs
+from minillm.types import TokenScore
 from tests.server.live import SMALL, TINY, Live
 
 PROMPT = [5, 6, 7]
@@ -57,6 +59,29 @@ def test_of_an_echoed_prompt(live: Live, expected: Any) -> None:
     pieces = [choice["logprobs"] for choice in streamed(live, "/v1/completions", body)]
     for name in found:
         assert sum((piece[name] for piece in pieces), []) == found[name]
+
+
+def test_the_token_is_among_the_likeliest(live: Live) -> None:
+    """Though it is not: one more than were asked for."""
+    found = live.post("/v1/completions", prompt=PROMPT, logprobs=1, allowed_token_ids=[42], **GREEDY).json()
+    columns = found["choices"][0]["logprobs"]
+    for token, logprob, top in zip(
+        *(columns[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert top[token] == logprob and len(top) in (1, 2)
+    assert any(len(top) == 2 for top in columns["top_logprobs"])
+
+
+def test_of_tokens_with_one_text_the_likelier_is_told() -> None:
+    """Parts of characters read alike."""
+
+    class Parts:
+        def piece(self, token: int, *, skip_special_tokens: bool) -> bytes:
+            return {1: b"\xe6", 2: b"\xe3", 3: b"a"}[token]
+
+    score = TokenScore(1, -1.5, 1, ((1, -1.5), (3, -2.0), (2, -4.0)))
+    columns = completion_logprobs(Parts(), [1], [score], 0)  # type: ignore[arg-type]
+    assert columns["top_logprobs"] == [{"\ufffd": -1.5, "a": -2.0}]
 
 
 def test_of_a_chat(live: Live) -> None:
