@@ -48,7 +48,7 @@ class DeviceDefaults:
     soft_cap: int
     """Equivalent tokens of a step while rows decode: what keeps the gaps between tokens even."""
     soft_cap_few: int
-    """The same while rows decode that read hardly any keys."""
+    """The same while few rows decode, and these read few keys."""
     flops_per_byte: float
     """Operations of matrix products in the time in which a byte of keys is read."""
     attention_rate: float

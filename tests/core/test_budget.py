@@ -78,7 +78,7 @@ def test_few_decodes_have_a_smaller_soft_cap() -> None:
     assert limits_of(soft_cap=100, soft_cap_few=208).soft_cap_of(1, 1) == 100
 
 
-def test_few_decodes_that_read_many_keys_have_the_large_one() -> None:
+def test_few_decodes_that_read_many_keys_have_a_larger_one() -> None:
     limits = limits_of(max_num_batched_tokens=1024, soft_cap=400, soft_cap_few=208, many_keys=960)
     assert [limits.soft_cap_of(4, keys) for keys in (0, 10, 240, 480, 960, 2000)] == [211, 211, 232, 256, 304, 304]
     assert limits.soft_cap_of(128, 240) == 304

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +67,24 @@ def random_batch(
         "max_query_len": max(counts),
         "max_context_len": max(context for _, context in rows),
     }
+
+
+@pytest.fixture
+def found_without_gpu(tmp_path: Path) -> Callable[[str], Any]:
+    """Runs a module that compiles for an H100, which need not be there, and gives the JSON that it ends with.
+
+    In a process of its own, as Triton's interpreter is chosen at import.
+    """
+
+    def run(module: str) -> Any:
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-m", module]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture

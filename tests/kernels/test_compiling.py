@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 
-def test_launches_find_their_kernels_compiled(tmp_path: Path) -> None:
-    """In a process of its own, as Triton's interpreter is chosen at import; for an H100, which need not be there."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.kernels.compile_without_gpu"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout.splitlines()[-1]) == {
+def test_launches_find_their_kernels_compiled(found_without_gpu: Callable[[str], Any]) -> None:
+    assert found_without_gpu("tests.kernels.compile_without_gpu") == {
         "launched while compiling": ["subtract_kernel"],
         "compiled": 4,
         "loaded off the main thread": 4,

@@ -21,6 +21,11 @@ def oracle(q_TNH, inputs):
     return reference.attention(q_TNH.double(), **{**inputs, "kv_2BKPH": inputs["kv_2BKPH"].double()})
 
 
+def unbounded(inputs):
+    """The arguments without the bounds on lengths, which decode attention does not take."""
+    return {name: value for name, value in inputs.items() if not name.startswith("max_")}
+
+
 def largest_error(out_TNH, exact_TNH) -> float:
     """Infinity where anything is NaN."""
     return float((out_TNH.double() - exact_TNH).abs().nan_to_num(torch.inf, torch.inf).max())
@@ -72,12 +77,10 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
 ) -> None:
     rows = [(1, context) for context in contexts]
     q_TNH, inputs = make_batch(rows, num_kv_heads=num_kv_heads, num_heads=8, head_size=16, device=device)
-    names = ("kv_2BKPH", "block_tables_SM", "rows_R", "query_starts_R1", "context_lens_R", "scale", "num_decodes")
     outs = []
     for shares in many_shares:
         out_TNH = torch.full_like(q_TNH, torch.nan)
-        arguments = {name: inputs[name] for name in names}
-        decode_attention(q_TNH, out_TNH, **arguments, shares=shares)
+        decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
         outs.append(out_TNH)
     assert largest_error(outs[0], oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
     assert all(torch.equal(out_TNH, outs[0]) for out_TNH in outs)
@@ -98,8 +101,7 @@ def test_longer_rows_and_rows_that_are_not_there_are_left_alone(make_batch, devi
     for name, last in (("query_starts_R1", 6), ("context_lens_R", 0), ("rows_R", 0)):
         inputs[name] = torch.cat((inputs[name], inputs[name].new_full((2,), last)))
     out_TNH = torch.full_like(q_TNH, torch.nan)
-    keys = {name: inputs[name] for name in inputs if name not in ("num_decodes", "max_query_len", "max_context_len")}
-    decode_attention(q_TNH, out_TNH, **keys, num_decodes=6, shares=shares)
+    decode_attention(q_TNH, out_TNH, **unbounded(inputs | {"num_decodes": 6}), shares=shares)
     assert largest_error(out_TNH[:3], exact_TNH[:3]) <= TOLERANCE[torch.float32]
     assert out_TNH[3:].isnan().all()
 
@@ -111,7 +113,7 @@ def test_many_rows_of_one_query(make_batch, device, poisoned, num_rows, shares) 
     rows = [(1, 900)] + [(1, 1 + 7 * i % 20) for i in range(1, num_rows)]
     q_TNH, inputs = make_batch(rows, num_heads=4, num_kv_heads=1, head_size=16, device=device)
     out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=shares)
+    decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
     assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
@@ -136,7 +138,7 @@ def test_the_only_key_seen_is_returned_to_the_bit(make_batch, device, poisoned, 
     first = inputs["block_tables_SM"][inputs["rows_R"][0], 0]
     values = torch.stack((inputs["kv_2BKPH"][1, first, :, 0], inputs["kv_2BKPH"][1, block, :, slot]))
     out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **{k: v for k, v in inputs.items() if k[:4] != "max_"}, shares=shares)
+    decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
     assert torch.equal(out_TNH, values[:, heads])
 
 
