@@ -13,8 +13,8 @@ Where rows are too few to keep a GPU busy however their lengths differ, or their
 of the batch are dealt: a row longer than an even share of them all is cut. The device does so, as a graph knows no
 lengths.
 
-    lengths          3000, 200, 700: an even share of four is 975
-    programs         | row 0 | row 0 | row 0 | row 0 | row 1 | row 2 | none | ...
+    lengths          3000, 200, 700: an even share of four is 975 keys, of row 0 six segments of 192
+    programs         | row 0 | row 0 | row 0 | row 1 | row 2 | none | none |
 
 It starts while the kernel before it, which writes the new keys, still runs (programmatic dependent launch): until
 `gdc_wait` it reads only lengths and tables, which must be there before that kernel. It knows no requests. The small
@@ -163,9 +163,8 @@ def decode_kernel(
         row, place, num_programs, num_own = deal(query_starts_ptr, context_lens_ptr, row, num_rows, num_shares,
                                                  PADDED_ROWS, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)  # fmt: skip
         if row >= num_rows:
-            if (
-                OVERLAPS
-            ):  # of a batch without decodes all programs end here, and what follows waits for this kernel alone
+            # Of a batch without decodes all programs end here, and what follows waits for this kernel alone.
+            if OVERLAPS:
                 gdc_wait()
             return
         is_whole = num_programs == 1
