@@ -11,7 +11,7 @@ for one key head, those that see most keys first. Its warps have four roles and 
 
 Key tiles go from the last to the first. One that a query does not see weighs nothing, so a query's sum depends on its
 position alone; and, where a step has too few query tiles for the GPU, on their number: then a row's keys are cut into
-segments, each an item (`hopper_results`). Rings and the two roles of one warp are in `hopper_supply`.
+segments, each an item (`hopper_results`). The two roles of one warp are in `hopper_supply`.
 
 Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
 P block size.
@@ -45,6 +45,7 @@ from minillm.kernels.hopper_results import (
     store_out,
     store_part,
 )
+from minillm.kernels.hopper_ring import leave, make_ring, shared_layout, wait_filled
 from minillm.kernels.hopper_supply import (
     DEPTH,
     FIRST_POSITION,
@@ -58,14 +59,10 @@ from minillm.kernels.hopper_supply import (
     SEGMENT,
     TILE_KEYS,
     field,
-    leave,
     load_items,
-    make_ring,
     plan_items,
     receive,
     segment_size,
-    shared_layout,
-    wait_filled,
 )
 
 __all__ = ["hopper_attention"]
@@ -244,10 +241,10 @@ def hopper_kernel(
     dtype: gl.constexpr = kv_lines.dtype
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles: gl.constexpr = [DEPTH, TILE_KEYS // 8, HEAD_SIZE // 64, 8, 64]
-    items = make_ring(gl.allocate_shared_memory(gl.int32, [DEPTH, NUM_FIELDS], plain), 3)
-    queries = make_ring(gl.allocate_shared_memory(dtype, [DEPTH * 2, HALF_ROWS, HEAD_SIZE], shared_layout(2)), 2)
-    keys = make_ring(gl.allocate_shared_memory(dtype, tiles, shared_layout(4)), 2)
-    values = make_ring(gl.allocate_shared_memory(dtype, tiles, shared_layout(4)), 2)
+    items = make_ring(gl.allocate_shared_memory(gl.int32, [DEPTH, NUM_FIELDS], plain), DEPTH, 3)
+    queries = make_ring(gl.allocate_shared_memory(dtype, [DEPTH * 2, HALF_ROWS, HEAD_SIZE], shared_layout(2)), DEPTH, 2)
+    keys = make_ring(gl.allocate_shared_memory(dtype, tiles, shared_layout(4)), DEPTH, 2)
+    values = make_ring(gl.allocate_shared_memory(dtype, tiles, shared_layout(4)), DEPTH, 2)
     gl.warp_specialize(
         [
             (attend_items, (items, queries, keys, values, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2, shares,

@@ -1,7 +1,6 @@
 """What the Hopper kernel works on, on its way into shared memory: items are planned, queries, keys and values copied.
 
-A ring is a few buffers that one role fills and others leave, turn by turn: (buffers, barriers `filled`, barriers
-`left`). It knows nothing of what is computed from a tile; shapes are as in `hopper_attention`.
+It knows nothing of what is computed from a tile; rings are `hopper_ring`'s, shapes as in `hopper_attention`.
 
     plan    find the next item, send its fields                            items
     load    receive them, copy its queries, then its tiles page by page    queries, keys, values
@@ -19,6 +18,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from minillm.kernels.hopper_ring import leave, shared_layout, wait_filled, wait_left
 
 TILE_KEYS = gl.constexpr(128)
 HALF_ROWS = gl.constexpr(64)
@@ -40,44 +41,9 @@ NUM_FIELDS = gl.constexpr(8)
 
 
 @triton.constexpr_function
-def shared_layout(rank):
-    """Rows of 128 bytes, 16-byte pieces exchanged within each eight rows, as copy engine and tensor cores want them."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
-@triton.constexpr_function
 def fields_layout(num_warps):
     """Each thread has all fields of an item."""
     return gl.BlockedLayout([8], [32], [num_warps], [0])
-
-
-@gluon.jit
-def make_ring(buffers, NUM_USERS: gl.constexpr):
-    """A ring: buffers that one role fills and NUM_USERS others leave, and a barrier for each of both."""
-    filled = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
-    left = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(DEPTH):
-        mbarrier.init(filled.index(stage), count=1)
-        mbarrier.init(left.index(stage), count=NUM_USERS)
-    return buffers, filled, left
-
-
-@gluon.jit
-def wait_filled(ring, turn, pred=True):
-    """Until the ring's buffer of this turn holds what it is to hold."""
-    mbarrier.wait(ring[1].index(turn % DEPTH), (turn // DEPTH) & 1, pred=pred)
-
-
-@gluon.jit
-def wait_left(ring, turn):
-    """Until all users have left the buffer of this turn, as it was a round ago."""
-    mbarrier.wait(ring[2].index(turn % DEPTH), ((turn // DEPTH) & 1) ^ 1)
-
-
-@gluon.jit
-def leave(ring, turn):
-    """A user is done with the buffer of this turn."""
-    mbarrier.arrive(ring[2].index(turn % DEPTH), count=1)
 
 
 @gluon.jit
