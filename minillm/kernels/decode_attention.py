@@ -61,6 +61,10 @@ DEALT_PROGRAMS = 3
 row is small beside the batch, and a merge costs more than it saves."""
 
 
+MAX_FEW_ROWS = 8
+"""Most rows of which two programs for each multiprocessor are enough."""
+
+
 class Parts(NamedTuple):
     """Partial results of segments, float32: weighted sums of values, and of the weights their top score and sum."""
 
@@ -286,12 +290,16 @@ def max_segments(num_kv_heads: int) -> int:
 
 
 def choose_shares(num_tokens: int, num_decodes: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Even shares into which each key head's keys are dealt: two programs for each multiprocessor, or 1 for not at all.
+    """Even shares into which each key head's keys are dealt: four programs for each multiprocessor (two for rows so few
+    that a merge costs more than programs of different sizes), or 1 for not at all.
 
     In a step with other tokens than those of `num_decodes` rows, that is only the most rows that there can be.
     """
     is_full = num_decodes * num_kv_heads >= DEALT_PROGRAMS * num_multiprocessors
-    return 1 if is_full and num_tokens == num_decodes else triton.cdiv(2 * num_multiprocessors, num_kv_heads)
+    if is_full and num_tokens == num_decodes:
+        return 1
+    num_programs = (2 if num_decodes <= MAX_FEW_ROWS else 4) * num_multiprocessors
+    return -(-num_programs // num_kv_heads)
 
 
 @cache

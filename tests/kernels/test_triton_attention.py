@@ -87,8 +87,8 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
 
 
 def test_shares_fill_the_gpu() -> None:
-    few, many, none = (choose_shares(num_rows, num_rows, 8, 132) for num_rows in (1, 48, 56))
-    assert few == many == choose_shares(300, 257, 8, 132) == 33 and none == 1
+    few, many, none = (choose_shares(num_rows, num_rows, 8, 132) for num_rows in (8, 9, 56))
+    assert few == 33 and many == choose_shares(48, 48, 8, 132) == choose_shares(300, 257, 8, 132) == 66 and none == 1
     assert [choose_programs(8 * num_rows, 132) for num_rows in (1, 4, 8, 11)] == [33, 9, 5, 1]
     assert max_segments(8) == 16 and max_segments(1) == 128
 
