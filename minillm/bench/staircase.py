@@ -1,4 +1,5 @@
-"""`minillm bench staircase`: the time of a layer's four matrix products by the number of tokens in a step.
+"""`minillm bench staircase`: the time of a layer's four matrix products by the number of tokens in a step, that of gate
+and up with the activation behind it.
 
 It rises in stairs: up to the edge of one, tokens are free. The table shows the edges, and marks the sizes at which the
 scheduler ends a step (`tile_steps`) with what one token more would cost. It knows no engine.
@@ -12,11 +13,13 @@ import json
 import platform
 from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from minillm.bench.kernels import Work, num_copies, seconds_per_call
 from minillm.config import ModelConfig
@@ -27,7 +30,7 @@ from minillm.runtime.startup import CPU_DEFAULTS, GPU_DEFAULTS, Place, choose_de
 __all__ = ["run"]
 
 SMALL = (1, 2, 4, 8, 16, 32)
-EDGES = (64, 128, 192, 256, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+EDGES = (64, 128, 192, 256, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 """Measured with one token less and one more."""
 
 
@@ -44,7 +47,7 @@ def run(*, model: str = "random:qwen3-0.6b", max_tokens: int = 2048) -> dict[str
     tile_steps = (GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS).tile_steps
     with torch.inference_mode():
         layers = linear_shapes(config)
-        columns = {name: list(microseconds(place, shape, max_tokens)) for name, shape in layers.items()}
+        columns = {name: list(microseconds(place, name, shape, max_tokens)) for name, shape in layers.items()}
     results = [
         {"num_tokens": num, "us": round(sum(each), 2), "each_us": [round(us, 2) for us in each]}
         for num, each in zip(token_counts(max_tokens), zip(*columns.values(), strict=True), strict=True)
@@ -86,16 +89,24 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def microseconds(place: Place, shape: tuple[int, int], max_tokens: int) -> Iterator[float]:
+def microseconds(place: Place, name: str, shape: tuple[int, int], max_tokens: int) -> Iterator[float]:
     """Time of one product for each of the token counts; its weights are read from memory, not from the L2 cache."""
+    ops = place.ops
+    product = ops.linear if name != "gate_up" else getattr(ops, "gated_linear", partial(gated_linear, ops))
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     num_bytes = shape[0] * shape[1] * place.dtype.itemsize
     pack = getattr(place.ops, "pack_linear", lambda weight: weight)
     weights = [pack(make(shape)) for _ in range(num_copies(num_bytes, place.device))]
     x_TD = make((max_tokens + 1, shape[1]))
     for num_tokens in token_counts(max_tokens):
-        works: list[Work] = [partial(place.ops.linear, x_TD[:num_tokens], weight_OD, None) for weight_OD in weights]
+        works: list[Work] = [partial(product, x_TD[:num_tokens], weight_OD, None) for weight_OD in weights]
         yield 1e6 * seconds_per_call(works, place.device)
+
+
+def gated_linear(ops: ModuleType, x_TD: Tensor, weight_2FD: Any, bias_2F: Tensor | None) -> Tensor:
+    """By two functions of a kernel set that has none for both."""
+    y_TF: Tensor = ops.silu_mul(ops.linear(x_TD, weight_2FD, bias_2F))
+    return y_TF
 
 
 def table_of(line: dict[str, Any]) -> Table:

@@ -3,7 +3,8 @@
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
     gpu        Triton (attention, hopper_attention, decode_attention, edits, expand_kernel, fused, sampling, scores
-               behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear)
+               behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear, for many
+               hopper_gated)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;
 `gpu` is how the engine reaches triton, and only when a GPU (or Triton's interpreter) is used; `compiling` readies what
@@ -25,8 +26,9 @@ N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M
         write k and v to `kv_2BKPH` at `slots_T`. cos_sin_EH is fp32: H/2 cosines, then H/2 sines.
     silu_mul(x_T2F) -> y_TF                                        silu(first half) * second half
     gated_linear(x_TD, weight_2FD, bias_2F | None) -> y_TF         silu_mul(linear(x))
-    linear_parts(x_TD, weight_OD, bias_O | None) -> y_TO, or parts_STO in float32, whose sum it is
-        only where a set has them, which then adds parts in `add_rms_norm`.
+    linear_into(residual_TO, x_TD, weight_OD, bias_O | None) -> None, y_TO or parts_STO in float32, whose sum y is
+        only where a set has it: residual += linear(x) in place and None, or what is still to be added, which
+        `add_rms_norm` does.
     attention(q_TNH, *, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1, context_lens_R, scale, num_decodes,
               max_query_len, max_context_len, block_tokens=None, one_launch=False) -> o_TNH
         causal, bottom-right aligned: query i of a row with n queries and context c sees keys 0 .. c - n + i.

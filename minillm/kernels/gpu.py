@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from minillm.kernels import fused, reference
-from minillm.kernels.attention import paged_attention
+from minillm.kernels.attention import num_multiprocessors, paged_attention
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.edits import edit_logits, keep_edited, note_inputs
 from minillm.kernels.expand_kernel import expand_step_inputs
@@ -38,7 +38,7 @@ __all__ = [
     "keep_edited",
     "keep_tokens",
     "linear",
-    "linear_parts",
+    "linear_into",
     "max_fused_rows",
     "norm_gated_linear",
     "norm_linear",
@@ -53,7 +53,7 @@ __all__ = [
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
 MAX_STREAMED_ROWS = 64
-"""Most tokens of a step whose products `hopper_linear` computes; of 128 cuBLAS is faster."""
+"""Most tokens of a step whose products `hopper_linear` computes; of 128 others are faster."""
 HOPPER_TRITON = ("3.6.",)
 """Versions of Triton with which the Hopper kernels were tested, on a GPU of compute capability 9.0; Gluon's language is
 not stable."""
@@ -85,7 +85,7 @@ def is_supported(x: Tensor, head_size: int = 2) -> bool:
 
 @cache
 def has_hopper_kernel(device: torch.device) -> bool:
-    """Whether `hopper_attention` and `hopper_linear` were tested with this GPU and this Triton."""
+    """Whether the Hopper kernels were tested with this GPU and this Triton."""
     if device.type != "cuda" or not triton.__version__.startswith(HOPPER_TRITON):
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
@@ -116,6 +116,18 @@ def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Any:
     return choose_tile(x_TD.shape[1], num_out, **kind)
 
 
+def suits_hopper_gated(x_TD: Tensor, num_out: int) -> bool:
+    """Whether `hopper_gated` takes this product, of more rows than `hopper_linear` does, and is the faster one."""
+    num_tokens, num_in = x_TD.shape
+    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    is_whole = num_in % 8 == 0 and num_out % 8 == 0  # the copy engine takes rows of whole 16 bytes
+    if num_tokens <= MAX_STREAMED_ROWS or not is_half or not is_whole or not has_hopper_kernel(x_TD.device):
+        return False
+    from minillm.kernels.hopper_gated import is_faster
+
+    return is_faster(num_tokens, num_out, num_multiprocessors(x_TD.device))
+
+
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b -> [T, O]."""
     tile = streamed(x_TD, weight_OD.shape[0])
@@ -128,12 +140,17 @@ def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
 
 def gated_linear(x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None) -> Tensor:
     """silu(first half) * second half of x W^T + b -> [T, F]."""
-    tile = streamed(x_TD, weight_2FD.shape[0] // 2, is_gated=True)
-    if tile is None:
-        return silu_mul(linear(x_TD, weight_2FD, bias_2F))
-    from minillm.kernels import hopper_linear
+    num_out = weight_2FD.shape[0] // 2
+    tile = streamed(x_TD, num_out, is_gated=True)
+    if tile is not None:
+        from minillm.kernels import hopper_linear
 
-    return hopper_linear.gated_linear(x_TD, weight_2FD, bias_2F, tile)
+        return hopper_linear.gated_linear(x_TD, weight_2FD, bias_2F, tile)
+    if bias_2F is None and suits_hopper_gated(x_TD, num_out):
+        from minillm.kernels import hopper_gated
+
+        return hopper_gated.gated_linear(x_TD, weight_2FD)
+    return silu_mul(linear(x_TD, weight_2FD, bias_2F))
 
 
 def linear_parts(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -144,6 +161,18 @@ def linear_parts(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tens
     from minillm.kernels import hopper_linear
 
     return hopper_linear.linear_parts(x_TD, weight_OD, bias_O, tile)
+
+
+def linear_into(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """residual += x W^T + b in place, or what the norm behind is still to add to it, whole or in parts.
+
+    For many rows the product adds as it stores: the norm then reads and writes half as much.
+    """
+    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    if len(x_TD) <= MAX_STREAMED_ROWS or bias_O is not None or not is_half:
+        return linear_parts(x_TD, weight_OD, bias_O)
+    residual_TO.addmm_(x_TD, weight_OD.t())
+    return None
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

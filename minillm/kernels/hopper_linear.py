@@ -34,8 +34,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minillm.kernels.decode_attention import can_overlap
+from minillm.kernels.hopper_ring import shared_layout
 
-__all__ = ["Tile", "choose_tile", "gated_linear", "linear", "linear_parts", "sum_norm"]
+__all__ = ["Tile", "choose_tile", "gated_linear", "linear", "linear_parts", "silu", "sum_norm", "sums_layout"]
 
 ROWS = gl.constexpr(64)
 """Rows of a program: what one instruction of four warps multiplies."""
@@ -70,12 +71,6 @@ def choose_tile(num_in: int, num_out: int, is_gated: bool = False, is_shared: bo
 
 
 @triton.constexpr_function
-def shared_layout():
-    """Rows of 128 bytes, 16-byte pieces exchanged within each eight rows, as copy engine and tensor cores want them."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-@triton.constexpr_function
 def sums_layout(outputs):
     """Of sums [64, outputs] over four warps."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, outputs, 16])
@@ -106,9 +101,8 @@ def stored_bias(bias_ptr, first, NUM_OUT: gl.constexpr, TILE_OUT: gl.constexpr):
 
 @gluon.jit
 def silu(x):
-    """x * sigmoid(x) in float32."""
-    decay = gl.exp(-gl.abs(x))  # at most 1: no overflow on the way
-    return x * gl.where(x < 0, decay, 1.0) / (1.0 + decay)
+    """x * sigmoid(x) in float32; far below zero the exponential is infinite and the quotient zero, as it should be."""
+    return x / (1.0 + gl.exp(-x))
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -190,7 +184,7 @@ def launch(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y: Tensor, ti
     x_TD = x_TD.contiguous()
     num_tokens, num_in = x_TD.shape
     num_out, overlaps = y.shape[-1], can_overlap(x_TD.device)
-    layout = shared_layout()
+    layout = shared_layout(2)
     stream_kernel[(triton.cdiv(num_out, tile.outputs), tile.parts, triton.cdiv(num_tokens, ROWS.value))](
         TensorDescriptor.from_tensor(x_TD, [ROWS.value, tile.inputs], layout),
         TensorDescriptor.from_tensor(weight_OD, [tile.outputs, tile.inputs], layout),

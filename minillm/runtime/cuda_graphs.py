@@ -21,7 +21,7 @@ from torch import Tensor
 from minillm.runtime.batching import NUM_ROW_COLUMNS, NUM_SAMPLE_COLUMNS, PaddedShapes
 from minillm.runtime.step_buffer import StepBuffer
 
-STEP_TOKENS = (64, *range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 8193, 512))
+STEP_TOKENS = (64, *range(128, 1280, 128), *range(1280, 2048, 256), *range(2048, 8193, 512))
 """Tokens that mixed steps are padded to. The large ones are graphs too: a kernel of tensor descriptors takes longer to
 launch from Python than a layer of 8,192 tokens takes to run."""
 DRAFT_ROWS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, *range(256, 8193, 128))

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm.kernels import gpu
+
 
 @pytest.fixture
 def device() -> torch.device:
@@ -85,6 +87,13 @@ def found_without_gpu(tmp_path: Path) -> Callable[[str], Any]:
         return json.loads(ran.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def hopper() -> None:
+    """Skip where the kernel is not to be used at all."""
+    if not torch.cuda.is_available() or not gpu.has_hopper_kernel(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs a Hopper GPU and a Triton that the kernel was tested with")
 
 
 @pytest.fixture

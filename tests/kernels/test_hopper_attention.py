@@ -15,13 +15,6 @@ from tests.kernels.test_triton_attention import largest_error, oracle
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def hopper() -> None:
-    """Skip where the kernel is not to be used at all."""
-    if not torch.cuda.is_available() or not gpu.has_hopper_kernel(torch.device("cuda", torch.cuda.current_device())):
-        pytest.skip("needs a Hopper GPU and a Triton that the kernel was tested with")
-
-
 @pytest.mark.parametrize(
     ("capability", "version", "expected"),
     [((9, 0), "3.6.0", True), ((9, 0), "3.9.0", False), ((8, 0), "3.6.0", False), ((10, 0), "3.6.0", False)],
