@@ -38,9 +38,12 @@ class Attention(nn.Module):
         self.q_norm = Vector(build, config.head_size) if config.qk_norm else None
         self.k_norm = Vector(build, config.head_size) if config.qk_norm else None
 
-    def forward(self, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
-        """x_TD -> y_TD or parts of it; the tokens' keys and values are written to `kv_2BKPH` first."""
-        return self.out.in_parts(self.attend(self.qkv.forward(x_TD), batch, kv_2BKPH, cos_sin_EH).flatten(1))
+    def forward(
+        self, residual_TD: Tensor, x_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor
+    ) -> Tensor | None:
+        """What `Linear.into` leaves of the output; the tokens' keys and values are written to `kv_2BKPH` first."""
+        o_TNH = self.attend(self.qkv.forward(x_TD), batch, kv_2BKPH, cos_sin_EH)
+        return self.out.into(residual_TD, o_TNH.flatten(1))
 
     def attend(self, qkv_TC: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> Tensor:
         """What lies between the two products -> o_TNH."""
@@ -113,9 +116,9 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(build, whole, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias)
         self.down = Linear(build, inner, {"down_proj": whole}, bias=config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """x_TD -> y_TD or parts of it."""
-        return self.down.in_parts(self.gate_up.gated(x_TD))
+    def forward(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor | None:
+        """What `Linear.into` leaves of the output."""
+        return self.down.into(residual_TD, self.gate_up.gated(x_TD))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target)."""
@@ -135,19 +138,24 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config, build)
 
     def forward(
-        self, x_TD: Tensor | None, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor
-    ) -> Tensor:
-        """Output, or parts of it, still to be added to `residual_TD`, which is updated in place.
+        self, residual_TD: Tensor, x_TD: Tensor | None, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor
+    ) -> Tensor | None:
+        """Adds to `residual_TD` in place; returns what is still to be added, if anything: the output, or parts of it.
 
-        `x_TD` is what the layer before gave to be added; None in the first layer.
+        `x_TD` is what the layer before left to be added.
         """
+        x_TD = self._normed(residual_TD, x_TD, self.input_norm)
+        x_TD = self.attention.forward(residual_TD, x_TD, batch, kv_2BKPH, cos_sin_EH)
+        return self.feed_forward.forward(residual_TD, self._normed(residual_TD, x_TD, self.post_norm))
+
+    def _normed(self, residual_TD: Tensor, x_TD: Tensor | None, norm: Vector) -> Tensor:
+        """The norm of the residual, to which `x_TD` is added first."""
+        normed_TD: Tensor
         if x_TD is None:
-            x_TD = self.ops.rms_norm(residual_TD, self.input_norm.weight, self.eps)
+            normed_TD = self.ops.rms_norm(residual_TD, norm.weight, self.eps)
         else:
-            x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm.weight, self.eps)
-        x_TD = self.attention.forward(x_TD, batch, kv_2BKPH, cos_sin_EH)
-        x_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_norm.weight, self.eps)
-        return self.feed_forward.forward(x_TD)
+            normed_TD = self.ops.add_rms_norm(x_TD, residual_TD, norm.weight, self.eps)
+        return normed_TD
 
     def forward_fused(self, residual_TD: Tensor, batch: ForwardBatch, kv_2BKPH: Tensor, cos_sin_EH: Tensor) -> None:
         """`forward` for a few rows of one token, by the kernel set's fused products: adds all to `residual_TD`."""

@@ -127,12 +127,12 @@ class Linear(nn.Module):
         y_TO: Tensor = self.ops.linear(x_TD, self.weight if self._packed is None else self._packed, bias_O)
         return self.tp.all_reduce(y_TO) if self.is_partial else y_TO
 
-    def in_parts(self, x_TD: Tensor) -> Tensor:
-        """`forward`, or sums [S, T, O] still to be added if the kernel set leaves that to the norm behind it."""
-        if self.is_partial or not hasattr(self.ops, "linear_parts"):
+    def into(self, residual_TO: Tensor, x_TD: Tensor) -> Tensor | None:
+        """residual += `forward` in place and None, or what is still to be added: y_TO, or parts of it [S, T, O]."""
+        if self.is_partial or not hasattr(self.ops, "linear_into"):
             return self.forward(x_TD)  # a module's call costs as much as a small product's launch
-        parts: Tensor = self.ops.linear_parts(x_TD, self.weight, self.bias)
-        return parts
+        rest: Tensor | None = self.ops.linear_into(residual_TO, x_TD, self.weight, self.bias)
+        return rest
 
     def gated(self, x_TD: Tensor) -> Tensor:
         """silu(first half) * second half of the outputs -> [T, O / 2]."""

@@ -69,12 +69,13 @@ class Transformer(nn.Module):
                 assert isinstance(layer, DecoderLayer)
                 layer.forward_fused(residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
             return residual_TD
-        x_TD = None
+        x_TD: Tensor | None = None
         batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             assert isinstance(layer, DecoderLayer)
-            x_TD = layer.forward(x_TD, residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
-        assert x_TD is not None
+            x_TD = layer.forward(residual_TD, x_TD, batch, kv_2BKPH, self.cos_sin_EH)
+        if x_TD is None:
+            return residual_TD
         return residual_TD.add_(x_TD.sum(0) if x_TD.ndim == 3 else x_TD)  # parts, which a layer's norm would add
 
     def _is_fused(self, batch: ForwardBatch) -> bool:

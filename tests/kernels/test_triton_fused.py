@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minillm.kernels import gpu, reference
+from tests.kernels.test_skinny import check_as_near, operands
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -33,6 +34,25 @@ def test_norms(device, poisoned, size, dtype) -> None:
     y_TD = gpu.add_rms_norm(x_TD, ours_TD, weight_D, 1e-5)
     check_close(y_TD, reference.add_rms_norm(x_TD, theirs_TD, weight_D, 1e-5))
     assert torch.equal(ours_TD, theirs_TD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_tokens", [3, 64, 65, 300])
+def test_a_product_into_the_residual(device, poisoned, num_tokens, has_bias, dtype) -> None:
+    """Added as it is stored, for many rows in half precision without a bias; else left to be added."""
+    x_TD, _, weight_OD, bias_O, before_TO = operands(num_tokens, 96, 200, dtype, device)
+    given = bias_O if has_bias else None
+    residual_TO = before_TO.clone()
+    rest = gpu.linear_into(residual_TO, x_TD, weight_OD, given)
+    assert (rest is None) == (num_tokens > 64 and not has_bias and dtype != torch.float32)
+    if rest is not None:
+        assert torch.equal(residual_TO, before_TO)
+        residual_TO = residual_TO + (rest.sum(0) if rest.ndim == 3 else rest).to(dtype)
+    twin_TO = before_TO + reference.linear(x_TD, weight_OD, given)
+    exact_bias_O = None if given is None else given.double()
+    exact_TO = before_TO.double() + reference.linear(x_TD.double(), weight_OD.double(), exact_bias_O)
+    check_as_near(residual_TO, twin_TO, exact_TO)
 
 
 def test_norm_is_exact_to_float32_and_uses_eps(device) -> None:
