@@ -217,14 +217,37 @@ def token_cases(
     works = [partial(ops.silu_mul, x_T2F) for x_T2F in make((copies, num_tokens, 2 * ffn))]
     yield Case(name=f"silu_mul {num_tokens} x {ffn}", works=works, num_bytes=3 * num_tokens * ffn * size)
     yield rotary_case(ops, shape, num_tokens, device, dtype)
-    copies = num_copies(hidden * 2 * ffn * size, device)
-    weights = [getattr(ops, "pack_linear", lambda w: w)(make((2 * ffn, hidden))) for _ in range(copies)]
-    works = [partial(ops.linear, residual_TD, weight_OD, None) for weight_OD in weights]
+    yield from linear_cases(ops, shape, num_tokens, device, dtype)
+
+
+def linear_cases(
+    ops: ModuleType, shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    """The product with gates and ups, alone and, where a kernel set has that, with the activation behind it."""
+    hidden, outs = shape.hidden, 2 * shape.ffn
+    copies = num_copies(hidden * outs * dtype.itemsize, device)
+    x_TD = torch.randn((num_tokens, hidden), device=device, dtype=dtype)
+    weights = [torch.randn((outs, hidden), device=device, dtype=dtype) for _ in range(copies)]
+    packed = [getattr(ops, "pack_linear", lambda w: w)(weight_OD) for weight_OD in weights]
+    num_flops = 2 * num_tokens * hidden * outs if num_tokens > 256 else 0
     yield Case(
-        name=f"linear {num_tokens} x {hidden} x {2 * ffn}",
-        works=works,
-        num_bytes=(hidden * 2 * ffn + num_tokens * (hidden + 2 * ffn)) * size,
-        num_flops=2 * num_tokens * hidden * 2 * ffn if num_tokens > 256 else 0,
+        name=f"linear {num_tokens} x {hidden} x {outs}",
+        works=[partial(ops.linear, x_TD, weight, None) for weight in packed],
+        num_bytes=(hidden * outs + num_tokens * (hidden + outs)) * dtype.itemsize,
+        num_flops=num_flops,
+    )
+    if not hasattr(ops, "gated_linear"):
+        return
+
+    def two_kernels(weight_OD: Tensor) -> object:
+        return ops.silu_mul(torch.nn.functional.linear(x_TD, weight_OD))
+
+    yield Case(
+        name=f"gated_linear {num_tokens} x {hidden} x {outs}",
+        works=[partial(ops.gated_linear, x_TD, weight_OD, None) for weight_OD in weights],
+        num_bytes=(hidden * outs + num_tokens * (hidden + outs // 2)) * dtype.itemsize,
+        num_flops=num_flops,
+        peers={"two kernels": [partial(two_kernels, weight_OD) for weight_OD in weights]},
     )
 
 
