@@ -1,4 +1,15 @@
-"""RequestQueue: requests without a row, in the order in which they are served. It knows no blocks or budgets."""
+"""RequestQueue: requests without a row, in the order in which they are served. It knows no blocks or budgets.
+
+A place in line counts tokens to compute, by what the cache holds when a request comes: those of all prompts that came
+before, and twice its own. So shorter prompts go first, within bounds:
+
+    came     A of 100   B of 30   C of 40   D of 10
+    place    0 + 200    100 + 60  130 + 80  170 + 20        served: B, D, A, C
+
+For a later request of m tokens to go before an earlier one of n, 2 m and all that came in between must be less than n.
+Hence one that does has less than half of n, and all that ever do have less than n together: nobody starves. Those of
+equal length stay in the order in which they came. A fork has its parent's place.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +22,7 @@ from minillm.core.request import Request
 __all__ = ["RequestQueue", "insert", "try_remove"]
 
 RANK = attrgetter("rank")
+LENGTH_WEIGHT = 2
 
 
 def insert(requests: list[Request], request: Request) -> None:
@@ -28,7 +40,7 @@ def try_remove(requests: list[Request], request: Request) -> bool:
 
 
 class RequestQueue:
-    """Waiting requests by (priority, arrival, number); a preempted one returns to its old place, ahead of later ones.
+    """Waiting requests by (priority, place in line, number); a preempted one returns to its old place.
 
     A head that waits for memory may be overtaken by requests that fit, `max_overtakes` times while it heads the queue.
     """
@@ -39,6 +51,8 @@ class RequestQueue:
     def __init__(self, max_overtakes: int) -> None:
         self.max_overtakes = max_overtakes
         self._requests: list[Request] = []
+        self._num_tokens = 0
+        """Of the prompts of all that ever came."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -46,8 +60,14 @@ class RequestQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
-    def __getitem__(self, place: int) -> Request:
-        return self._requests[place]
+    def __getitem__(self, index: int) -> Request:
+        return self._requests[index]
+
+    def next_place(self, num_tokens: int) -> int:
+        """The place in line of a request that comes now and has `num_tokens` to compute, at least one."""
+        place = self._num_tokens + LENGTH_WEIGHT * num_tokens
+        self._num_tokens += num_tokens
+        return place
 
     def push(self, request: Request) -> None:
         """Queue `request` at its rank."""
@@ -58,14 +78,17 @@ class RequestQueue:
         is_removed = try_remove(self._requests, request)
         assert is_removed, f"request {request.number} is not queued"
 
-    def pop(self, place: int) -> None:
-        """Take out the request at `place`; the head notes that it was overtaken if that is not its own."""
-        if place:
+    def pop(self, index: int) -> None:
+        """Take out the request at `index`; the head notes that it was overtaken if that is not its own."""
+        if index:
             self._requests[0].num_overtaken += 1
-        del self._requests[place]
+        del self._requests[index]
 
-    def may_try(self, place: int) -> bool:
-        """Whether the request at `place` may be admitted before those ahead of it, which wait for memory."""
-        if place >= len(self._requests) or place > self.MAX_TRIED:
+    def may_try(self, index: int, prompt: Request | None) -> bool:
+        """Whether the request at `index` may be admitted before those ahead of it, which wait for memory, and before
+        the half-done `prompt`, if there is one."""
+        if index >= len(self._requests) or index > self.MAX_TRIED:
             return False
-        return place == 0 or self._requests[0].num_overtaken < self.max_overtakes
+        if prompt is not None and prompt.rank < self._requests[index].rank:
+            return False
+        return index == 0 or self._requests[0].num_overtaken < self.max_overtakes

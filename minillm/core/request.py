@@ -11,9 +11,9 @@ Steps are planned before the results of earlier ones are known. A row is *open* 
 many tokens it has, not which: it is planned up to position `plan_limit` with tokens unread. A *closed* row
 (`plan_limit` 0) waits for the result in flight: its drafts may be rejected, or a grammar needs the token.
 Each time a request is seated it starts over, and `first_step` tells the results of this seat from those of an
-earlier one. `rank` orders all requests: the smaller is admitted, and planned among its like, before the larger, and
-preempted after it. It is admitted when the cache can hold all its tokens, but takes a chunk's blocks at a time: the
-rest is promised to it, and newcomers are admitted only on blocks that are not promised.
+earlier one. `rank` orders all requests: of decodes and of prompts, half done or waiting, the smaller is served first,
+and it is preempted last. A request is admitted when the cache can hold all its tokens, but takes a chunk's blocks at a
+time: the rest is promised to it, and newcomers are admitted only on blocks that are not promised.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Request:
         "max_tokens": "most output tokens asked for",
         "params": "numeric sampling parameters, for the device",
         "stop_token_ids": "sampling one of them ends it; includes the model's end tokens unless they are ignored",
-        "priority": "lower is served first, equal ones by arrival",
+        "priority": "lower is served first, equal ones by arrival and length (`queue.py`)",
         "arrival": "when it came, in seconds",
         "salt": "bytes: prefixes are shared only under an equal salt",
         "is_streamed": "somebody reads its tokens as they come, and wants short steps while it decodes",
@@ -54,7 +54,7 @@ class Request:
         "num_planned": "positions handed to steps since it was seated, cached ones included",
         "num_computed": "positions whose keys and values are in the cache, by results that were applied",
         "finish_reason": "None until it ends",
-        "rank": "(priority, order of arrival, number): a smaller one is admitted first and preempted last",
+        "rank": "(priority, place in line, number), from `add` on: a smaller one is served first and preempted last",
         "max_len": "most tokens, output included, it can come to; the scheduler lowers it to what model and cache hold",
         "plan_limit": "positions from here on are not planned; 0: closed until its result in flight is applied",
         "parent": "whom it was forked from, until it is seated",

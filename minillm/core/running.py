@@ -1,8 +1,8 @@
 """Running: the requests that have a row, and what the next step does for them. It knows no queue and no results.
 
-Requests are kept by rank (priority, then arrival): `decodes` have sampled since they were seated, `prompts` have not
+Requests are kept by rank (priority, then place in line): `decodes` have sampled since they were seated, `prompts` not
 yet. A step gives each open decode a token; a closed one waits for a result in flight (`request.py` has the terms).
-Then the prompts get chunks, each taking the blocks of its chunk, which were promised to it when it was admitted. A
+Then prompts get chunks, each taking the blocks of its chunk, which were promised to it when it was admitted. A
 decode grows on what is free, promised or not. When blocks run out, the largest rank gives up its own and will be
 computed again, so the smallest always gets on; results of steps before its next `first_step` are void.
 """
@@ -144,29 +144,22 @@ class Running:
         num_planned = self._limits.max_num_batched_tokens - room
         return Budget(self._limits, num_planned, sum(starts), self.has_readers)
 
-    def plan_prompts(self, plan: StepPlan, budget: Budget) -> Request | None:
-        """Chunks of half-done prompts. For blocks they preempt later prompts, not decodes, which are planned by now.
+    def plan_prompt(self, request: Request, plan: StepPlan, budget: Budget) -> bool:
+        """The next chunk of a half-done prompt; False if the budget has nothing for it.
 
-        Returns the first that the budget had nothing for: later ranks are not to be admitted before it gets on.
+        For blocks it preempts prompts of larger rank, not decodes, which are planned by now.
         """
-        starved: Request | None = None
-        for request in self.prompts[:]:
-            if not request.row:
-                continue  # preempted in this loop
-            start = request.num_planned
-            count = budget.chunk_size(start, len(request.tokens) - start)
-            if not count:
-                starved = starved or request
-                if budget.is_spent:
-                    break
-                continue
+        start = request.num_planned
+        count = budget.chunk_size(start, len(request.tokens) - start)
+        if not count:
+            return False
+        is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
+        while not is_fitting and self.prompts[-1] is not request:
+            self.preempt(self.prompts[-1])
             is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
-            while not is_fitting and self.prompts[-1] is not request:
-                self.preempt(self.prompts[-1])
-                is_fitting = self._kv.try_grow(request, start + count, plan.blocks)
-            if is_fitting:
-                self.plan_chunk(request, count, plan, budget)
-        return starved
+        if is_fitting:
+            self.plan_chunk(request, count, plan, budget)
+        return True
 
     def plan_chunk(self, request: Request, count: int, plan: StepPlan, budget: Budget) -> None:
         """Plan the next `count` tokens of a prompt, for which it has blocks."""

@@ -1,6 +1,6 @@
 """Scheduler: hands out each step's token budget and applies what the step gave. It knows no tensors, text or clocks.
 
-Running decodes come first, then half-done prompts, then new requests; within each, the smaller rank.
+Running decodes come first, then prompts, half done or new; within each, the smaller rank.
 
     schedule -> StepPlan -> (device) -> StepResult -> update       `schedule` may run again before `update`.
 """
@@ -33,7 +33,6 @@ class Scheduler:
         self._live: dict[int, Request] = {}
         self._queue = RequestQueue(limits.max_overtakes)
         self._running = Running(limits, self.kv)
-        self._num_added = 0
         self._step = 0
 
     def check(self, num_prompt: int, max_tokens: int) -> str | None:
@@ -42,8 +41,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has nothing against."""
-        self._num_added += 1
-        self._enter(request, self._num_added)
+        self._enter(request, None)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Queue `child`, whose tokens but the last are those that `parent`'s start with, at the parent's place.
@@ -86,10 +84,9 @@ class Scheduler:
         plan = StepPlan(self._step)
         running = self._running
         budget = running.plan_decodes(plan)
-        starved = running.plan_prompts(plan, budget)
-        # Blocks given up in this step are for those who needed them: nobody is admitted on them.
-        is_short = self._requeue()
-        reason = "blocks" if is_short else self._admit(plan, budget, now, starved)
+        reason = self._plan_prompts(plan, budget, now)
+        if self._requeue():
+            reason = "blocks"
         if reason is not None:
             behind = plan.requests if reason == "budget" else (request.number for request in running)
             plan.waits = (Wait(self._queue[0].number, reason, tuple(islice(behind, MAX_BEHIND))),)
@@ -178,15 +175,18 @@ class Scheduler:
         self._running.check_invariants()
         self.kv.check_invariants(self._live.values())
 
-    def _enter(self, request: Request, order: int) -> None:
+    def _enter(self, request: Request, place: int | None) -> None:
         fault = self.check(request.num_prompt, request.max_tokens)
         assert fault is None, fault
         assert request.number not in self._live, f"request {request.number} is there already"
-        request.rank = (request.priority, order, request.number)
         request.max_len = min(request.num_prompt + request.max_tokens, self.limits.max_len)
         request.plan_limit = request.max_len - 1
         if self.limits.enable_prefix_caching:
             self.kv.extend_keys(request, len(request.tokens) // self.limits.block_size)
+        if place is None:
+            num_cached = self.kv.match(request, self._step).num_tokens
+            place = self._queue.next_place(len(request.tokens) - num_cached)
+        request.rank = (request.priority, place, request.number)
         self._live[request.number] = request
         self._queue.push(request)
 
@@ -198,25 +198,25 @@ class Scheduler:
         self.num_preemptions += len(preempted)
         return bool(preempted)
 
-    def _admit(self, plan: StepPlan, budget: Budget, now: float, starved: Request | None) -> str | None:
-        """Seat queued requests while they fit; returns why the head of the queue still waits, None if none is left.
+    def _plan_prompts(self, plan: StepPlan, budget: Budget, now: float) -> str | None:
+        """Plan chunks by rank, of half-done prompts and of queued ones, which are seated while they fit.
 
-        None is seated past `starved`, a running prompt that this step has no budget for: it might never get on.
+        None is seated past a prompt that the budget has nothing for, which might never get on, nor in a step in which
+        blocks were given up: they are for those who needed them. Returns why the queue's head waits, None without one.
         """
-        place, head_reason = 0, None
-        while self._queue.may_try(place):
-            request = self._queue[place]
-            is_past = starved is not None and request.rank > starved.rank
-            reason = "budget" if is_past else self._try_seat(request, plan, budget, now)
-            if reason is None:
-                self._queue.pop(place)
-                continue
-            if place == 0:
-                head_reason = reason
-            if reason != "blocks":
-                break  # what lacks, lacks for all
-            place += 1
-        return head_reason
+        running, queue = self._running, self._queue
+        index, reason, lack = 0, None, None
+        for prompt in (*running.prompts, None):
+            # What else lacks than blocks, lacks for all.
+            while lack in (None, "blocks") and not running.preempted and queue.may_try(index, prompt):
+                lack = self._try_seat(queue[index], plan, budget, now)
+                if lack is None:
+                    queue.pop(index)
+                else:
+                    reason, index = reason or lack, index + 1
+            if prompt is not None and prompt.row and not running.plan_prompt(prompt, plan, budget):
+                lack = "budget"
+        return (reason or lack) if queue else None
 
     def _try_seat(self, request: Request, plan: StepPlan, budget: Budget, now: float) -> str | None:
         """Seat `request` and plan its first chunk, or change nothing and say what lacks."""

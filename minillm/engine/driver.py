@@ -1,7 +1,7 @@
 """EngineDriver: obeys a front end's commands and runs the engine turn by turn. One thread calls all of it.
 
 Requests wait here, in a FairQueue, until the engine's next step could start them: what the scheduler has queued is
-served by arrival, so it is given no more than that. It knows no text, sockets or threads.
+served in its own order, so it is given no more than that. It knows no text, sockets or threads.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from minillm.types import FinishReason
 
 __all__ = ["FORMAT", "RecordingScheduler", "make_scheduler", "plan_columns"]
 
-FORMAT = "minillm-recording-2"
+FORMAT = "minillm-recording-3"
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ def test_a_thousand_worlds_in_which_everything_happens_often() -> None:
     assert counts["prefix hit"] >= 5000
     assert counts["fork shared"] >= 500 and counts["fork copied"] >= 500
     assert counts["row reused in flight"] >= 500
+    assert counts["seated before a half-done prompt"] >= 200
     for state in STATES:
         assert counts[f"abort {state}"] >= 500, state
 

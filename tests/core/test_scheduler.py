@@ -9,7 +9,7 @@ from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler
 from minillm.types import FinishReason
 from tests.core.builders import entries, planned, request_of, result_of, scheduler_of, step
-from tests.core.fake_runner import FakeRunner, generate
+from tests.core.fake_runner import FakeRunner, generate, params_of
 
 
 def test_a_request_from_prompt_to_end() -> None:
@@ -29,15 +29,69 @@ def test_a_request_from_prompt_to_end() -> None:
     assert not scheduler.has_work and scheduler.schedule(0.0) is None
 
 
-def test_decodes_then_half_done_prompts_then_new_ones() -> None:
+def with_a_half_done_prompt() -> Scheduler:
+    """One that decodes, and 30 of 60 tokens of a prompt; a step has 32."""
     scheduler = scheduler_of(max_num_batched_tokens=32, min_chunk_size=4)
     scheduler.add(request_of(1, 20))
     step(scheduler)
     scheduler.add(request_of(2, 60))
     assert entries(step(scheduler)) == [(1, 20, 1), (2, 0, 30)]
-    scheduler.add(request_of(3, 10))
+    return scheduler
+
+
+def test_decodes_then_half_done_prompts_then_new_ones_that_are_not_much_shorter() -> None:
+    scheduler = with_a_half_done_prompt()
+    scheduler.add(request_of(3, 30))
     assert entries(step(scheduler)) == [(1, 21, 1), (2, 30, 30)]
-    assert entries(step(scheduler)) == [(1, 22, 1), (2, 60, 1), (3, 0, 10)]
+    assert entries(step(scheduler)) == [(1, 22, 1), (2, 60, 1), (3, 0, 30)]
+
+
+def test_a_much_shorter_prompt_is_seated_before_a_half_done_one_which_gets_the_rest_of_the_step() -> None:
+    scheduler = with_a_half_done_prompt()
+    scheduler.add(request_of(3, 10))
+    plan = step(scheduler)
+    assert entries(plan) == [(1, 21, 1), (3, 0, 10), (2, 30, 15)] and not plan.waits
+    assert entries(step(scheduler)) == [(1, 22, 1), (3, 10, 1), (2, 45, 15)]
+
+
+def test_a_half_done_prompt_goes_ahead_of_shorter_ones_once_enough_have_passed_it() -> None:
+    scheduler = with_a_half_done_prompt()
+    for number in range(3, 9):
+        scheduler.add(request_of(number, 10, max_tokens=1))
+    plan = step(scheduler)
+    assert entries(plan) == [(1, 21, 1), (3, 0, 10), (4, 0, 10), (5, 0, 10)]
+    assert plan.waits == ((6, "budget", (1, 3, 4, 5)),)
+    plan = step(scheduler)
+    assert entries(plan) == [(1, 22, 1), (6, 0, 10), (2, 30, 15), (7, 0, 5)], "40 tokens and twice 10 reach 60"
+    assert plan.waits == ((8, "budget", (1, 6, 2, 7)),)
+
+
+def test_the_first_chunk_that_may_pass_the_soft_cap_is_of_the_first_in_line() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=512, soft_cap=64, attention_equivalence=4.0)
+    for number, num_prompt in ((1, 4), (2, 2000)):
+        scheduler.add(request_of(number, num_prompt, max_tokens=200))
+    step(scheduler)
+    assert entries(step(scheduler)) == [(1, 4, 1), (2, 500, 16)]
+    scheduler.add(request_of(3, 20))
+    assert entries(step(scheduler)) == [(1, 5, 1), (3, 0, 16)]
+    assert entries(step(scheduler)) == [(1, 6, 1), (3, 16, 4)]
+    assert entries(step(scheduler)) == [(1, 7, 1), (3, 20, 1), (2, 516, 16)]
+
+
+def test_a_shorter_prompt_that_lacks_a_row_or_blocks_holds_up_no_half_done_one() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=32, max_num_seqs=1)
+    scheduler.add(request_of(1, 90))
+    step(scheduler)
+    scheduler.add(request_of(2, 5))
+    plan = step(scheduler)
+    assert entries(plan) == [(1, 30, 30)] and plan.waits == ((2, "rows", (1,)),)
+    scheduler = scheduler_of(max_num_batched_tokens=32, num_kv_blocks=9)
+    scheduler.add(request_of(1, 90))
+    step(scheduler)
+    scheduler.add(request_of(2, 30))
+    scheduler.add(request_of(3, 1))
+    plan = step(scheduler)
+    assert entries(plan) == [(3, 0, 1), (1, 30, 30)] and plan.waits == ((2, "blocks", (3, 1)),)
 
 
 def test_lower_priority_numbers_go_first_and_equal_ones_by_arrival() -> None:
@@ -46,6 +100,26 @@ def test_lower_priority_numbers_go_first_and_equal_ones_by_arrival() -> None:
         scheduler.add(request_of(number, 4, max_tokens=1, priority=priority))
     served = [step(scheduler).requests.tolist() for _ in range(4)]
     assert served == [[2], [4], [3], [1]]
+
+
+def test_no_shorter_prompt_goes_ahead_of_a_lower_priority_number() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=32)
+    scheduler.add(request_of(1, 90))
+    step(scheduler)
+    scheduler.add(request_of(2, 4, priority=1))
+    scheduler.add(request_of(3, 4))
+    assert entries(step(scheduler)) == [(3, 0, 4), (1, 30, 20), (2, 0, 4)]
+
+
+def test_what_the_cache_holds_of_a_prompt_does_not_make_it_long() -> None:
+    scheduler = scheduler_of(max_num_seqs=1)
+    scheduler.add(request_of(1, range(100), max_tokens=2))
+    step(scheduler)
+    scheduler.add(request_of(2, 60, max_tokens=1))
+    scheduler.add(request_of(3, range(101), max_tokens=1))
+    scheduler.add(request_of(4, range(101), max_tokens=1, params=params_of(4)._replace(num_prompt_logprobs=0)))
+    served = [step(scheduler) for _ in range(4)]
+    assert [entries(plan) for plan in served] == [[(1, 100, 1)], [(3, 96, 5)], [(2, 0, 60)], [(4, 0, 101)]]
 
 
 def test_an_open_row_runs_ahead_on_the_devices_token() -> None:
@@ -207,7 +281,7 @@ def test_a_head_that_waits_for_memory_is_overtaken_a_bounded_number_of_times() -
     scheduler.add(request_of(2, 16 * 15, max_tokens=1))
     seated = []
     for number in range(3, 12):
-        scheduler.add(request_of(number, 4, max_tokens=2))
+        scheduler.add(request_of(number, 4, max_tokens=2, priority=1))
         plan = step(scheduler)
         seated += [seat.request for seat in plan.seats]
         assert plan.waits[0].request == 2 and plan.waits[0].reason == "blocks"
@@ -227,6 +301,18 @@ def test_the_largest_rank_is_preempted_and_not_readmitted_in_the_same_step() -> 
     assert [r.num_preemptions for r in requests] == [0, 0, 1]
     assert plan.requests.tolist() == [1, 2] and not plan.seats
     assert plan.waits[0].reason == "blocks" and plan.waits[0].request == victim.number
+
+
+def test_a_long_request_is_preempted_for_a_later_short_one_ahead_of_it_and_ends() -> None:
+    scheduler = scheduler_of(block_size=4, num_kv_blocks=17, min_chunk_size=1)
+    long, short = request_of(1, 24, max_tokens=20), request_of(2, 7, max_tokens=40)
+    scheduler.add(long)
+    scheduler.add(short)
+    rank = long.rank
+    while scheduler.has_work:
+        step(scheduler)
+    assert short.num_preemptions == 0 < long.num_preemptions
+    assert long.rank == rank and long.finish_reason is FinishReason.LENGTH
 
 
 def test_a_low_priority_request_is_preempted_for_an_older_one() -> None:
@@ -336,6 +422,7 @@ def test_a_fork_without_a_row_waits_at_its_parents_place() -> None:
     step(scheduler)
     child = request_of(3, parent.tokens[:11])
     scheduler.fork(parent, child)
+    assert child.rank == (0, parent.rank[1], 3)
     assert step(scheduler).waits[0].request == 3
     scheduler.finish(1, FinishReason.STOP)
     assert step(scheduler).requests.tolist() == [3]

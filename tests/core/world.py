@@ -9,8 +9,10 @@ import math
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from minillm.core.plan import StepPlan, StepResult
+from minillm.core.queue import RANK
 from minillm.core.request import Request
 from minillm.core.scheduler import Scheduler, SchedulerLimits
 from minillm.types import FinishReason
@@ -220,9 +222,10 @@ class World:
         has_readers = any(request.is_streamed for request in kept + prompts if request.row)
         num_keys = sum(planned[number].start for number in fed)
         self.check_soft_cap(num_decode_tokens if has_readers else 0, num_keys, works[len(fed) :])
-        self.check_progress([r for r in prompts if r.first_step == seats[r.number]], planned, num_decode_tokens)
-        idle = [r.rank for r in prompts if r.row and r.number not in planned]
-        assert all(self.requests[seat.request].rank < rank for seat in plan.seats for rank in idle), "seated past"
+        seated = [self.requests[seat.request] for seat in plan.seats]
+        half_done = [r for r in prompts if r.first_step == seats[r.number]]
+        self.check_progress(min([*half_done, *seated], key=RANK, default=None), planned, num_decode_tokens)
+        self.check_order(plan, seated, [r for r in half_done if r.number not in planned], works[len(fed) :])
         assert not (preempted and plan.seats), "admitted in a step that preempted"
         self.check_seats(plan, planned, cached)
         for work in works:
@@ -251,17 +254,27 @@ class World:
             is_due = len(chunks) == 1 and chunks[0].count <= least_chunk(limits)
             assert is_due or num_decode_tokens + sum(costs) <= limits.soft_cap_of(num_decode_tokens, num_keys) + 1e-6
 
-    def check_progress(self, prompts: list[Request], planned: dict, num_decode_tokens: int) -> None:
-        """The first of the half-done prompts gets on, if the hard cap and the cache let it."""
+    def check_order(self, plan: StepPlan, seated: list[Request], idle: list[Request], chunks: list) -> None:
+        """Prompts are served by rank, and nobody is seated past one that waits, but for a head that lacks blocks."""
+        ranks = [self.requests[work.request].rank for work in chunks]
+        assert ranks == sorted(ranks), "a prompt is served before a smaller rank"
+        is_new = [self.requests[work.request] in seated for work in chunks]
+        self.counts["seated before a half-done prompt"] += (True, False) in pairwise(is_new)
+        waiting = idle + [self.requests[wait.request] for wait in plan.waits if wait.reason != "blocks"]
+        assert all(request.rank < other.rank for request in seated for other in waiting), "seated past"
+
+    def check_progress(self, first: Request | None, planned: dict, num_decode_tokens: int) -> None:
+        """The first of the prompts with a row gets on, if the hard cap and the cache let it."""
+        if first is None:
+            return
         room = self.limits.max_num_batched_tokens - num_decode_tokens
-        for request in prompts[:1]:
-            work, least = planned.get(request.number), least_chunk(self.limits)
-            if work is not None:
-                assert work.num_samples or work.count >= least, "less than the least chunk"
-            elif room >= min(least, request.num_owed):
-                size = self.limits.block_size
-                num_lacking = -(-(request.num_planned + min(request.num_owed, room)) // size) - len(request.blocks)
-                assert num_lacking > self.scheduler.num_free_blocks, "the first prompt starves"
+        work, least = planned.get(first.number), least_chunk(self.limits)
+        if work is not None:
+            assert work.num_samples or work.count >= least, "less than the least chunk"
+        elif room >= min(least, first.num_owed):
+            size = self.limits.block_size
+            num_lacking = -(-(first.num_planned + min(first.num_owed, room)) // size) - len(first.blocks)
+            assert num_lacking > self.scheduler.num_free_blocks, "the first prompt starves"
 
     def check_seats(self, plan: StepPlan, planned: dict, cached: set[int]) -> None:
         counts = self.counts

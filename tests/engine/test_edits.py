@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "enable_prefix_caching": True,
         "max_num_batched_tokens": 16,
     },
-    "tight": {"overlap": True, "num_kv_blocks": 8},
+    "tight": {"overlap": True, "num_kv_blocks": 7},
 }
 NUM_OUTPUT = 24
 # The stand-in tokeniser has no pieces: "w v" is the two tokens of w and v.

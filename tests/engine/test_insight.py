@@ -26,7 +26,7 @@ def busy_engine() -> Engine:
     limits = limits_of(max_num_batched_tokens=64, max_num_seqs=3, num_kv_blocks=60)
     engine = engine_of(scheduler=RecordingScheduler(limits, 100))
     add(engine, 10, 1)
-    for num_prompt in (20, 200, 30, 40):
+    for num_prompt in (20, 200, 110, 120):
         engine.add([TOKEN] * num_prompt, SamplingParams(max_tokens=50, ignore_eos=True))
     engine.step()
     engine.step()

@@ -46,7 +46,7 @@ def test_a_record_says_what_a_step_did(overlap: bool) -> None:
 def test_waiting_for_budget_is_told_with_whom_it_waited_behind() -> None:
     engine = engine_of(max_num_batched_tokens=50)
     add(engine, 100, 4)
-    last = add(engine, 10, 2)
+    last = add(engine, 60, 2)
     run(engine)
     account = account_of(engine, 2)
     assert account["waits"]["budget"] == {"steps": 2, "seconds": pytest.approx(3.0)}
@@ -55,6 +55,16 @@ def test_waiting_for_budget_is_told_with_whom_it_waited_behind() -> None:
     assert account["behind"] == [{"reason": "budget", "first_step": 0, "last_step": 1, "requests": [1]}]
     assert account["seconds"]["total"] == pytest.approx(last.timings.e2el)
     assert "3.00 s (2 steps) for token budget, behind request 1" in account["words"][1]
+
+
+def test_waiting_behind_one_that_came_later_and_is_shorter_is_told() -> None:
+    engine = engine_of(max_num_batched_tokens=50)
+    for num_prompt in (200, 150, 20):
+        add(engine, num_prompt, 2)
+    run(engine)
+    waits = [{"reason": "budget", "first_step": 0, "last_step": 4, "requests": [3, 1]}]
+    assert account_of(engine, 2)["behind"] == waits
+    assert account_of(engine, 3)["waits"]["step"]["seconds"] == pytest.approx(0.0)
 
 
 def test_waiting_in_line_behind_one_that_waits_for_a_row() -> None:
@@ -100,7 +110,7 @@ def test_chunks_and_the_steps_shared_with_them() -> None:
     engine = engine_of(max_num_batched_tokens=32)
     add(engine, 8, 20)
     add(engine, 90, 2)
-    add(engine, 40, 2)
+    engine.add([5] * 40, SamplingParams(max_tokens=2, ignore_eos=True), priority=1)
     run(engine)
     first, second = account_of(engine, 1), account_of(engine, 2)
     assert [(c["step"], c["start"], c["tokens"], c["num_decodes"]) for c in second["chunks"]] == [
@@ -156,7 +166,7 @@ def test_a_preemption_is_told() -> None:
 
 def test_live_requests_are_told_of_as_they_stand() -> None:
     engine = engine_of(max_num_seqs=2, max_num_batched_tokens=64)
-    for num_prompt in (8, 100, 10):
+    for num_prompt in (8, 100, 60):
         add(engine, num_prompt, 4)
     engine.step()
     assert [account_of(engine, number)["state"] for number in (1, 2, 3)] == ["decoding", "prompt", "queued"]

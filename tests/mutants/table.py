@@ -117,7 +117,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "fork of what is not computed yet": (Edit("kv_manager.py", " and parent.first_step < step", ""),),
     "fork shares planned positions": (Edit("kv_manager.py", "min(max_shared, parent.num_computed)", "max_shared"),),
     "readmitted in the step that preempted": (
-        Edit("scheduler.py", "is_short = self._requeue()", "is_short = self._requeue() and False"),
+        Edit("scheduler.py", "        for prompt in (*", "        self._requeue()\n        for prompt in (*"),
     ),
     "not the largest rank preempted": (Edit("running.py", "last = max(", "last = min("),),
     "overtaken without end": (Edit("queue.py", "self._requests[0].num_overtaken += 1", "pass"),),
@@ -141,8 +141,17 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         Edit("budget.py", "max(self._max_soft_chunk(start), self._num_due)", "self._max_soft_chunk(start)"),
     ),
     "every chunk may pass the soft cap": (Edit("budget.py", "        self._num_due = 0\n", ""),),
-    "admitted past a prompt that got nothing": (
-        Edit("scheduler.py", "is_past = starved is not None and request.rank > starved.rank", "is_past = False"),
+    "admitted past a prompt that got nothing": (Edit("scheduler.py", 'lack = "budget"', "pass"),),
+    "half-done prompts before shorter ones": (
+        Edit("scheduler.py", "queue.may_try(index, prompt)", "prompt is None and queue.may_try(index, None)"),
+    ),
+    "new prompts before half-done ones": (
+        Edit("scheduler.py", "queue.may_try(index, prompt)", "queue.may_try(index, None)"),
+    ),
+    "short prompts before a long one without end": (Edit("queue.py", "self._num_tokens += num_tokens", "pass"),),
+    "prompts as they come": (Edit("queue.py", "LENGTH_WEIGHT = 2", "LENGTH_WEIGHT = 0"),),
+    "cached tokens make a prompt long": (
+        Edit("scheduler.py", "next_place(len(request.tokens) - num_cached)", "next_place(len(request.tokens))"),
     ),
     "one decode blocks all prompts": (Edit("budget.py", "max(1, cap // 2))", "cap)"),),
     "first chunk of several costs nothing": (
