@@ -184,8 +184,8 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, place: Place) 
         block_size=config.block_size or defaults.block_size,
         soft_cap=soft_cap,
         soft_cap_few=soft_cap_few,
-        # Their reading takes as long as the products of as many tokens as they raise the cap by.
-        many_keys=round((soft_cap - soft_cap_few) / 2 * layer_flops / reading_rate) or None,
+        # Who reads so many is used to longer steps: the cap rises by tokens whose products take twice as long as that.
+        many_keys=round((soft_cap - soft_cap_few) / 4 * layer_flops / reading_rate) or None,
         attention_equivalence=defaults.attention_rate * model_config.attention_equivalence,
         tile_steps=defaults.tile_steps,
     )
