@@ -38,6 +38,7 @@ KINDS = {
     "row_kernel": "linears",
     "rows_kernel": "linears",
     "stream_kernel": "linears",
+    "gated_kernel": "linears",
     "nvjet": "linears",
     "gemm": "linears",
     "cublas": "linears",

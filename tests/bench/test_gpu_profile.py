@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 from minillm.bench import gpu_profile
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError
+from minillm.kernels import (
+    attention,
+    decode_attention,
+    fused,
+    fused_decode,
+    hopper_attention,
+    hopper_gated,
+    hopper_linear,
+    hopper_results,
+    skinny,
+)
 
 
 def event(name: str, start: float, duration: float, cat: str = "kernel") -> dict[str, Any]:
@@ -35,6 +47,18 @@ def test_steps_begin_at_their_first_kernel() -> None:
     found = gpu_profile.read_trace(reversed(EVENTS))
     assert [len(step) for step in found.steps] == [5, 4]
     assert [kernel.kind for kernel in found.steps[1]] == ["other", "linears", "decode attention", "prefill attention"]
+
+
+def test_every_kernel_of_a_layer_has_a_kind() -> None:
+    names = [
+        name
+        for module in (attention, decode_attention, fused, fused_decode, skinny)
+        + (hopper_attention, hopper_gated, hopper_linear, hopper_results)
+        for name, value in vars(module).items()
+        if isinstance(value, KernelInterface) and name.endswith("_kernel")
+    ]
+    assert {"attention_kernel", "gated_kernel", "sum_norm_kernel"} <= {*names}
+    assert [name for name in names if gpu_profile.Kernel(name, 0, 1, False).kind == "other"] == []
 
 
 def test_gaps_inside_steps_and_between_them() -> None:
