@@ -36,16 +36,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minillm.kernels.attention import LOG2_E, num_multiprocessors
 from minillm.kernels.decode_attention import Parts
+from minillm.kernels.hopper_layouts import shared_layout, sums_layout
 from minillm.kernels.hopper_results import (
     MAX_SHARES,
     choose_shares,
     merge_kernel,
     rows_layout,
-    scores_layout,
     store_out,
     store_part,
 )
-from minillm.kernels.hopper_ring import leave, make_ring, shared_layout, wait_filled
+from minillm.kernels.hopper_ring import leave, make_ring, wait_filled
 from minillm.kernels.hopper_supply import (
     DEPTH,
     FIRST_POSITION,
@@ -99,7 +99,7 @@ def weigh(scores, top, total, last_keys, scale_log2, MASKED: gl.constexpr):
     carried from turn to turn as halves they would be unpacked and packed again.
     """
     if MASKED:
-        keys = gl.arange(0, TILE_KEYS, gl.SliceLayout(0, scores_layout(TILE_KEYS)))
+        keys = gl.arange(0, TILE_KEYS, gl.SliceLayout(0, sums_layout(TILE_KEYS)))
         scores = gl.where(last_keys[:, None] >= keys[None, :], scores, float("-inf"))
     new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_top[:, None])
@@ -117,8 +117,8 @@ def attend_tile(
     The wait for the next keys ends the basic block between softmax and the wait for that addition: without it the
     assembler sinks the softmax below the wait, and nothing overlaps.
     """
-    layout: gl.constexpr = scores_layout(TILE_KEYS)
-    out_layout: gl.constexpr = scores_layout(HEAD_SIZE)
+    layout: gl.constexpr = sums_layout(TILE_KEYS)
+    out_layout: gl.constexpr = sums_layout(HEAD_SIZE)
     rounded = gl.convert_layout(weights.to(keys[0].dtype), gl.DotOperandLayout(0, out_layout, 2))
     scores = gl.zeros([HALF_ROWS, TILE_KEYS], gl.float32, layout)
     k = tile_of(keys, turn, HEAD_SIZE)
@@ -143,8 +143,8 @@ def attend_items(
 ):  # fmt: skip
     """Four warps: one half of the tile rows of all items. `scores` are always those of the next tile to be weighed."""
     dtype: gl.constexpr = keys[0].dtype
-    layout: gl.constexpr = scores_layout(TILE_KEYS)
-    out_layout: gl.constexpr = scores_layout(HEAD_SIZE)
+    layout: gl.constexpr = sums_layout(TILE_KEYS)
+    out_layout: gl.constexpr = sums_layout(HEAD_SIZE)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     FIRST_QUERY: gl.constexpr = GROUP_INDEX * HALF_ROWS // PADDED_GROUP  # of this half
     queries_S = FIRST_QUERY + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, layout)) // PADDED_GROUP

@@ -33,8 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minillm.kernels.attention import num_multiprocessors
-from minillm.kernels.hopper_linear import silu, sums_layout
-from minillm.kernels.hopper_ring import leave, make_ring, shared_layout, wait_filled, wait_left
+from minillm.kernels.hopper_layouts import shared_layout, sums_layout
+from minillm.kernels.hopper_linear import silu
+from minillm.kernels.hopper_ring import leave, make_ring, wait_filled, wait_left
 
 __all__ = ["gated_linear", "is_faster"]
 

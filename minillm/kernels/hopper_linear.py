@@ -34,9 +34,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minillm.kernels.decode_attention import can_overlap
-from minillm.kernels.hopper_ring import shared_layout
+from minillm.kernels.hopper_layouts import shared_layout, sums_layout
 
-__all__ = ["Tile", "choose_tile", "gated_linear", "linear", "linear_parts", "silu", "sum_norm", "sums_layout"]
+__all__ = ["Tile", "choose_tile", "gated_linear", "linear", "linear_parts", "silu", "sum_norm"]
 
 ROWS = gl.constexpr(64)
 """Rows of a program: what one instruction of four warps multiplies."""
@@ -68,12 +68,6 @@ def choose_tile(num_in: int, num_out: int, is_gated: bool = False, is_shared: bo
     num_programs = triton.cdiv(num_out, tile.outputs) * tile.parts
     is_measured = num_in <= max_in and num_out <= max_out and num_programs >= MIN_PROGRAMS
     return tile if is_measured and num_in % 8 == 0 else None  # the copy engine takes rows of whole 16 bytes
-
-
-@triton.constexpr_function
-def sums_layout(outputs):
-    """Of sums [64, outputs] over four warps."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, outputs, 16])
 
 
 @triton.constexpr_function

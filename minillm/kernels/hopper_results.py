@@ -19,20 +19,15 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from minillm.kernels.hopper_layouts import sums_layout
 from minillm.kernels.hopper_supply import HALF_ROWS, MIN_SEGMENT, TILE_KEYS
 
-__all__ = ["MAX_SHARES", "choose_shares", "merge_kernel", "rows_layout", "scores_layout", "store_out", "store_part"]
+__all__ = ["MAX_SHARES", "choose_shares", "merge_kernel", "rows_layout", "store_out", "store_part"]
 
 MAX_SHARES = 16
 """Most segments of a row's keys."""
 PART_COST = 0.03
 """Time that each more segment costs, partial results written and read, over that of whole rows."""
-
-
-@triton.constexpr_function
-def scores_layout(columns):
-    """Of a product [64, columns] over four warps; a thread has two neighbours of each eight columns, in two rows."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @triton.constexpr_function
@@ -74,11 +69,11 @@ def store_part(
     HEAD_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Half a tile of one segment's partial results."""
-    layout: gl.constexpr = scores_layout(TILE_KEYS)
+    layout: gl.constexpr = sums_layout(TILE_KEYS)
     heads, is_real = heads_of(first_head, num_queries, FIRST_QUERY, NUM_HEADS, GROUP, PADDED_GROUP, layout)
     gl.store(top_ptr + heads * shares + segment, top, mask=is_real)
     gl.store(total_ptr + heads * shares + segment, total, mask=is_real)
-    out_layout: gl.constexpr = scores_layout(HEAD_SIZE)
+    out_layout: gl.constexpr = sums_layout(HEAD_SIZE)
     rows, is_row = heads_of(first_head, num_queries, FIRST_QUERY, NUM_HEADS, GROUP, PADDED_GROUP, out_layout)
     dims = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, out_layout))
     gl.store(acc_ptr + (rows * shares + segment)[:, None] * HEAD_SIZE + dims[None, :], acc, mask=is_row[:, None])

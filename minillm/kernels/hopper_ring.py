@@ -9,18 +9,11 @@ t % depth. It knows nothing of what the buffers hold.
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-__all__ = ["leave", "make_ring", "shared_layout", "wait_filled", "wait_left"]
-
-
-@triton.constexpr_function
-def shared_layout(rank):
-    """Rows of 128 bytes, 16-byte pieces exchanged within each eight rows, as copy engine and tensor cores want them."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+__all__ = ["leave", "make_ring", "wait_filled", "wait_left"]
 
 
 @gluon.jit

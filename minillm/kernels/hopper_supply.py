@@ -19,7 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from minillm.kernels.hopper_ring import leave, shared_layout, wait_filled, wait_left
+from minillm.kernels.hopper_layouts import shared_layout
+from minillm.kernels.hopper_ring import leave, wait_filled, wait_left
 
 TILE_KEYS = gl.constexpr(128)
 HALF_ROWS = gl.constexpr(64)
