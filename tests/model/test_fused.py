@@ -122,3 +122,30 @@ def test_layers_whose_norms_add_parts_equal_transformers(
     assert (logits - expected).abs().max() <= 1e-4
     num_layers = model.config.num_layers
     assert kinds[: 4 * num_layers] == [(), ("is_shared",), ("is_gated",), ("is_shared",)] * num_layers
+
+
+@pytest.mark.parametrize("adding", [("out", "down"), ("out",), ("down",)])
+def test_layers_whose_products_add_to_the_residual_equal_transformers(
+    tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, adding: tuple[str, ...]
+) -> None:
+    """As in large steps in half precision; a projection with a bias leaves its output to the norm."""
+    folder, oracle = tiny_checkpoint
+    model = loaded(folder)
+    names = {id(p): name.split(".")[-2] for name, p in model.named_parameters()}
+    added = []
+
+    def into(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor | None:
+        y_TO = reference.linear(x_TD, weight_OD, bias_O)
+        if names[id(weight_OD)] not in adding:
+            return y_TO
+        added.append(names[id(weight_OD)])
+        residual_TO += y_TO
+        return None
+
+    monkeypatch.setattr(gpu, "linear_into", into)
+    sequence = torch.randint(0, model.config.vocab_size, (5,), generator=torch.Generator().manual_seed(1)).tolist()
+    (logits,) = PagedRun(model, [sequence]).run([(5,)])
+    with torch.no_grad():
+        expected = oracle(torch.tensor([sequence])).logits[0]
+    assert (logits - expected).abs().max() <= 1e-4
+    assert added == list(adding) * model.config.num_layers
