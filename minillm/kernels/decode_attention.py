@@ -59,8 +59,6 @@ MAX_SORTED_ROWS = 128
 DEALT_PROGRAMS = 3
 """Programs for each multiprocessor, if each row and key head had one, below which keys are dealt. Of more the longest
 row is small beside the batch, and a merge costs more than it saves."""
-
-
 MAX_FEW_ROWS = 8
 """Most rows of which two programs for each multiprocessor are enough."""
 

@@ -153,26 +153,22 @@ def gated_linear(x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None) -> Te
     return silu_mul(linear(x_TD, weight_2FD, bias_2F))
 
 
-def linear_parts(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b -> [T, O], or float32 parts of it [S, T, O], which `add_rms_norm` adds."""
+def linear_into(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """residual += x W^T + b in place and None, or what `add_rms_norm` is still to add: y [T, O], or float32 parts of it
+    [S, T, O].
+
+    For many rows the product adds as it stores: the norm then reads and writes half as much.
+    """
+    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    if len(x_TD) > MAX_STREAMED_ROWS and bias_O is None and is_half:
+        residual_TO.addmm_(x_TD, weight_OD.t())
+        return None
     tile = streamed(x_TD, weight_OD.shape[0], is_shared=True)
     if tile is None:
         return linear(x_TD, weight_OD, bias_O)
     from minillm.kernels import hopper_linear
 
     return hopper_linear.linear_parts(x_TD, weight_OD, bias_O, tile)
-
-
-def linear_into(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor | None:
-    """residual += x W^T + b in place, or what the norm behind is still to add to it, whole or in parts.
-
-    For many rows the product adds as it stores: the norm then reads and writes half as much.
-    """
-    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
-    if len(x_TD) <= MAX_STREAMED_ROWS or bias_O is not None or not is_half:
-        return linear_parts(x_TD, weight_OD, bias_O)
-    residual_TO.addmm_(x_TD, weight_OD.t())
-    return None
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

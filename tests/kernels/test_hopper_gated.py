@@ -109,7 +109,7 @@ def test_a_row_does_not_depend_on_the_others(device, hopper) -> None:
 
 @pytest.mark.gpu
 def test_launches_side_by_side_never_race(device, hopper) -> None:
-    """Behind and before kernels that start early, in one graph, replayed: always the bits of the first pass."""
+    """Among norms and products that follow each other, in one graph, replayed: always the bits of the first pass."""
     x_TD, norm_D, weight_2FD, _, _ = operands(1280, 1024, 2 * 3072, torch.bfloat16, device)
     down_DF = torch.randn(1024, 3072, device=device).div(3072**0.5).to(torch.bfloat16)
     start_TD = x_TD.clone()

@@ -3,6 +3,8 @@ are as exact as the oracle, and the same as one after the other (`-m gpu`)."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,7 +67,8 @@ def test_the_path_that_products_take(device, monkeypatch) -> None:
     def run(num_tokens: int, num_out: int = 4096, dtype: torch.dtype = torch.float16) -> list[tuple[int, ...]]:
         taken.clear()
         x_TD, weight_OD = torch.ones(num_tokens, 1024, dtype=dtype), torch.zeros(num_out, 1024, dtype=dtype)
-        for product in (gpu.linear, gpu.gated_linear, gpu.linear_parts):
+        residual_TO = torch.zeros(num_tokens, num_out, dtype=dtype, device=device)
+        for product in (gpu.linear, gpu.gated_linear, partial(gpu.linear_into, residual_TO)):
             product(x_TD.to(device), weight_OD.to(device), None)
         return taken
 
@@ -151,10 +154,11 @@ def test_overlapping_launches_never_race(device, hopper, monkeypatch, num_rows) 
         residual_TD.copy_(start_TD)
         x_TD = gpu.rms_norm(residual_TD, norm_D, 1e-6)
         for qkv, out, gate_up, down in layers:
-            y_TD = gpu.linear_parts(gpu.linear(x_TD, qkv)[:, 1024:3072].contiguous(), out, None)
-            assert y_TD.ndim == 3, "cuBLAS was taken: the case tests nothing"
+            y_TD = gpu.linear_into(residual_TD, gpu.linear(x_TD, qkv)[:, 1024:3072].contiguous(), out, None)
+            assert y_TD is not None and y_TD.ndim == 3, "cuBLAS was taken: the case tests nothing"
             x_TD = gpu.gated_linear(gpu.add_rms_norm(y_TD, residual_TD, norm_D, 1e-6), gate_up, None)
-            x_TD = gpu.add_rms_norm(gpu.linear_parts(x_TD, down, None), residual_TD, norm_D, 1e-6)
+            y_TD = gpu.linear_into(residual_TD, x_TD, down, None)
+            x_TD = gpu.add_rms_norm(y_TD, residual_TD, norm_D, 1e-6)
 
     step()
     graph = torch.cuda.CUDAGraph()
