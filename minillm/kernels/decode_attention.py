@@ -59,8 +59,6 @@ MAX_SORTED_ROWS = 128
 DEALT_PROGRAMS = 3
 """Programs for each multiprocessor, if each row and key head had one, below which keys are dealt. Of more the longest
 row is small beside the batch, and a merge costs more than it saves."""
-MAX_MERGED_ROWS = 64
-"""Most rows that all may have partial results: of a step that is dealt and can have more, most have none."""
 MAX_FEW_ROWS = 8
 """Most rows of which two programs for each multiprocessor are enough."""
 
@@ -382,7 +380,7 @@ def merge_parts(
     `group`: query heads that share a key head. Of many rows most have nothing to merge: fewer programs find that out.
     """
     num_rows, num_heads = parts.top_RNG.shape[:2]
-    heads = math.gcd(group, 4) if num_rows > MAX_MERGED_ROWS else 1
+    heads = math.gcd(group, 4) if num_rows > MAX_SORTED_ROWS else 1
     merge_kernel[(num_rows, num_heads // heads)](
         *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, HEADS=heads, BATCH=8,
         num_warps=heads, **overlap_options(out_TNH.device),

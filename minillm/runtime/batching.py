@@ -41,13 +41,8 @@ class PaddedShapes:
     """Rows of the same if some are drafts: they share a seat. Empty: rows with drafts stay whole."""
     mixed_sizes: tuple[int, ...] = ()
     """Tokens of any other step."""
-    mixed_rows: tuple[int, ...] = ()
+    num_rows: int = 0
     """Rows of such a step."""
-
-    @property
-    def num_rows(self) -> int:
-        """Most rows of a step."""
-        return self.mixed_rows[-1] if self.mixed_rows else 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,7 +146,7 @@ def step_words(plan: StepPlan, rows: Rows, shapes: PaddedShapes) -> StepWords:
         num_padded = padded_size(num_rows, shapes.draft_sizes if has_drafts else shapes.decode_sizes)
         num_tokens = num_decodes = num_padded
     elif shapes.mixed_sizes:
-        num_padded = num_decodes = padded_size(num_rows, shapes.mixed_rows)
+        num_padded = num_decodes = shapes.num_rows
         num_tokens = padded_size(num_batched, shapes.mixed_sizes)
     else:
         num_padded, num_decodes, num_tokens = num_rows, int((laid[2] == 1).sum()), num_batched

@@ -24,9 +24,6 @@ from minillm.runtime.step_buffer import StepBuffer
 STEP_TOKENS = (64, *range(128, 1280, 128), *range(1280, 2048, 256), *range(2048, 8193, 512))
 """Tokens that mixed steps are padded to. The large ones are graphs too: a kernel of tensor descriptors takes longer to
 launch from Python than a layer of 8,192 tokens takes to run."""
-FEW_MIXED_ROWS = 65
-"""Rows that mixed steps of few are padded to: what deals with rows need not look for as many as there can be. Odd, as
-no number of tokens is."""
 DRAFT_ROWS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, *range(256, 8193, 128))
 """Those sizes of a decode step that one with drafts may have, for engines that draft; and the largest."""
 SAMPLING_KINDS = ((False, False), (True, False), (True, True))
@@ -85,16 +82,16 @@ def padded_shapes(max_num_seqs: int, max_num_batched_tokens: int, is_drafting: b
     With `is_drafting` there are steps of decodes and drafts too.
 
     >>> padded_shapes(20, 300)
-    PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), draft_sizes=(), mixed_sizes=(64, 128, 256, 384), mixed_rows=(25,))
+    PaddedShapes(decode_sizes=(1, 2, 4, 8, 16, 24), draft_sizes=(), mixed_sizes=(64, 128, 256, 384), num_rows=25)
     """
     rows = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_num_seqs + 32, 32)]
     decode_sizes = reaching(rows, max_num_seqs)
-    most = decode_sizes[-1] + 1  # a row more than any decode step has: an odd number, which never is one of tokens
+    # A row more than any decode step has: an odd number, which never is a number of tokens.
     return PaddedShapes(
         decode_sizes=decode_sizes,
         draft_sizes=tuple(size for size in decode_sizes if is_drafting and size in (*DRAFT_ROWS, decode_sizes[-1])),
         mixed_sizes=reaching(STEP_TOKENS, max_num_batched_tokens),
-        mixed_rows=(FEW_MIXED_ROWS, most) if 2 * FEW_MIXED_ROWS < most else (most,),
+        num_rows=decode_sizes[-1] + 1,
     )
 
 
@@ -106,13 +103,13 @@ def reaching(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
 def layer_shapes(shapes: PaddedShapes) -> list[tuple[int, int, bool]]:
     """(rows, tokens, has_drafts) of every padded step, the largest first.
 
-    >>> layer_shapes(PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), mixed_rows=(1, 3)))
-    [(3, 64, False), (1, 64, False), (2, 2, False), (2, 2, True), (1, 1, False)]
+    >>> layer_shapes(PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), num_rows=3))
+    [(3, 64, False), (2, 2, False), (2, 2, True), (1, 1, False)]
     """
     decodes = [(size, size, False) for size in shapes.decode_sizes]
     drafts = [(size, size, True) for size in shapes.draft_sizes]
-    mixed = [(num_rows, size, False) for size in shapes.mixed_sizes for num_rows in shapes.mixed_rows]
-    return sorted(decodes + drafts + mixed, key=lambda shape: (shape[1], shape[0]), reverse=True)
+    mixed = [(shapes.num_rows, size, False) for size in shapes.mixed_sizes]
+    return sorted(decodes + drafts + mixed, key=lambda shape: shape[1], reverse=True)
 
 
 def padding(num_rows: int, num_tokens: int, has_drafts: bool, device: torch.device) -> tuple[Tensor, Tensor, bool]:

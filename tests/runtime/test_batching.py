@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +18,7 @@ from minillm.runtime.verify import verified
 
 PLAIN = RowParams(0.0, 0, 1.0, 0.0, 1)
 CPU = torch.device("cpu")
-SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8, 16), mixed_rows=(5,))
-FEW_OR_MANY = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8, 16), mixed_rows=(3, 5))
+SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8, 16), num_rows=5)
 
 
 def step_words(plan: StepPlan, rows: Rows) -> StepWords:
@@ -150,15 +148,6 @@ def test_a_mixed_step_is_padded_by_empty_rows_and_tokens_of_no_row() -> None:
     assert (len(words.order), words.num_decodes, words.num_samples) == (2, 5, 1)
 
 
-@pytest.mark.parametrize(("num_rows", "num_padded"), [(1, 3), (3, 3), (4, 5), (5, 5)])
-def test_a_mixed_step_of_few_rows_is_padded_to_few(num_rows: int, num_padded: int) -> None:
-    works = [(row, 9, 1, [7]) for row in range(1, num_rows)]
-    plan = make_plan(*works, (num_rows, 0, 3, [1, 2, 3]), samples=[1] * num_rows)
-    words = padded_step_words(plan, Rows(8, 4, CPU), FEW_OR_MANY)
-    assert words.columns.shape == (NUM_ROW_COLUMNS, num_padded) and words.num_decodes == num_padded
-    assert words.columns[2].tolist() == [1] * (num_rows - 1) + [3] + [0] * (num_padded - num_rows)
-
-
 def test_a_step_beyond_the_shapes_keeps_its_tokens() -> None:
     """Its rows are padded all the same: no number of them is to want a kernel of its own."""
     plan = make_plan((3, 0, 17, list(range(17))), samples=[1])
@@ -166,7 +155,7 @@ def test_a_step_beyond_the_shapes_keeps_its_tokens() -> None:
     assert (words.num_tokens, words.num_decodes, words.columns.shape) == (17, 5, (NUM_ROW_COLUMNS, 5))
 
 
-DRAFT_SHAPES = PaddedShapes(decode_sizes=(1, 2, 4, 8), draft_sizes=(4, 8), mixed_sizes=(16,), mixed_rows=(9,))
+DRAFT_SHAPES = PaddedShapes(decode_sizes=(1, 2, 4, 8), draft_sizes=(4, 8), mixed_sizes=(16,), num_rows=9)
 
 
 def test_drafts_become_rows_of_one_token() -> None:
@@ -209,7 +198,7 @@ WORKS = st.one_of(
 )
 
 
-@given(st.lists(WORKS, min_size=1, max_size=5), st.sampled_from([PaddedShapes(), SHAPES, FEW_OR_MANY, DRAFT_SHAPES]))
+@given(st.lists(WORKS, min_size=1, max_size=5), st.sampled_from([PaddedShapes(), SHAPES, DRAFT_SHAPES]))
 def test_any_plan_is_laid_out_token_by_token(kinds: list[tuple[int, int, bool]], shapes: PaddedShapes) -> None:
     works = [
         (i + 1, 10 * i, count, [100 * i + j for j in range(count)] * has) for i, (count, _, has) in enumerate(kinds)

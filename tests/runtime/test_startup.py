@@ -45,8 +45,7 @@ class Notes:
 def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int, is_drafting: bool) -> None:
     notes, shapes = Notes(), padded_shapes(max_num_seqs, max_tokens, is_drafting)
     run_each_shape(notes, shapes, max_tokens, torch.device("cpu"))
-    mixed = [(rows, size, False) for rows in shapes.mixed_rows for size in shapes.mixed_sizes]
-    mixed.append((shapes.num_rows, max_tokens, False))
+    mixed = [(shapes.num_rows, size, False) for size in (max_tokens, *shapes.mixed_sizes)]
     decodes = [(size, size, False) for size in shapes.decode_sizes]
     drafts = [(size, size, True) for size in shapes.draft_sizes]
     assert bool(drafts) is is_drafting and sorted(notes.layers) == sorted(mixed + decodes + drafts)
@@ -57,18 +56,9 @@ def test_every_shape_is_run_once(max_num_seqs: int, max_tokens: int, is_drafting
 def test_no_shape_of_graphs_is_missing() -> None:
     """A shape of rows and tokens for each size; a mixed step has more rows than any decode step."""
     notes = Notes()
-    shapes = PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), mixed_rows=(3, 5))
+    shapes = PaddedShapes(decode_sizes=(1, 2), draft_sizes=(2,), mixed_sizes=(64,), num_rows=3)
     run_each_shape(notes, shapes, 128, torch.device("cpu"))
-    mixed = [(5, 128, False), (5, 64, False), (3, 64, False)]
-    assert notes.layers == [*mixed, (2, 2, False), (2, 2, True), (1, 1, False)]
-
-
-def test_rows_of_mixed_steps_are_never_a_number_of_tokens() -> None:
-    """Else their graph would be a decode step's; few rows have shapes of their own where many are possible."""
-    for max_num_seqs in (1, 64, 128, 256, 1000):
-        shapes = padded_shapes(max_num_seqs, 8192)
-        assert not {*shapes.mixed_rows} & {*shapes.mixed_sizes, *shapes.decode_sizes}
-        assert shapes.num_rows > max_num_seqs and len(shapes.mixed_rows) == 1 + (max_num_seqs > 128)
+    assert notes.layers == [(3, 128, False), (3, 64, False), (2, 2, False), (2, 2, True), (1, 1, False)]
 
 
 @pytest.mark.gpu

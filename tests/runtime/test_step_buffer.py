@@ -12,7 +12,7 @@ from minillm.runtime.rows import Rows
 from minillm.runtime.step_buffer import StepBuffer, to_device
 
 CPU = torch.device("cpu")
-SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8,), mixed_rows=(5,))
+SHAPES = PaddedShapes(decode_sizes=(1, 2, 4), mixed_sizes=(8,), num_rows=5)
 
 
 def words_of(counts: list[int], *, num_samples: list[int], shapes: PaddedShapes = SHAPES) -> StepWords:
@@ -50,7 +50,7 @@ def test_samples_lie_in_one_place_however_many_tokens_there_are() -> None:
 
 
 def test_shapes_that_differ_in_tokens_alone_have_places_of_their_own() -> None:
-    shapes = PaddedShapes(decode_sizes=(1,), mixed_sizes=(8, 16), mixed_rows=(2,))
+    shapes = PaddedShapes(decode_sizes=(1,), mixed_sizes=(8, 16), num_rows=2)
     buffer = StepBuffer(shapes, CPU)
     for count in (5, 12, 5):
         words = words_of([count], num_samples=[1], shapes=shapes)
