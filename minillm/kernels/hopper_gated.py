@@ -52,15 +52,13 @@ NEARBY = gl.constexpr(8)
 def is_faster(num_tokens: int, num_out: int, num_programs: int) -> bool:
     """Than cuBLAS and a kernel for the activation (measured on an H100, sizes of qwen3-0.6b and llama-3.1-8b).
 
-    By the share of real tokens in the rounds that the tiles take. cuBLAS has other tiles to choose from, but for few
-    tokens none that would fill a round better.
+    By the share of real tokens in the rounds that the tiles take. cuBLAS has other tiles to choose from, but for up to
+    256 tokens none that would fill a round better.
     """
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS.value) * triton.cdiv(num_out, TILE_OUT.value)
     num_places = triton.cdiv(num_tiles, num_programs) * num_programs
-    if num_tokens <= 2 * TILE_TOKENS.value:
-        return bool(num_tiles >= 0.8 * num_places)
     useful = num_tokens * num_out / (num_places * TILE_TOKENS.value * TILE_OUT.value)
-    return bool(useful >= (0.8 if num_tokens > 1024 else 0.9))
+    return bool(useful >= (0.9 if 2 * TILE_TOKENS.value < num_tokens <= 1024 else 0.8))
 
 
 @gluon.jit
