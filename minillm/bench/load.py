@@ -32,6 +32,7 @@ from minillm.bench.engines import hub_config, optional_import
 from minillm.bench.offline import machine, one_off_note, since
 from minillm.bench.workload import MAX_TOKEN_ID
 from minillm.config import EngineConfig
+from minillm.engine.collector import sparing_what_is_there
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError, EngineError
 from minillm.llm import LLM
@@ -202,7 +203,8 @@ class OwnLoad:
         self.budget = self._llm.engine.scheduler.limits.max_num_batched_tokens
 
     def serve(self, arrivals: Sequence[Arrival]) -> list[Served]:
-        return drive(self._llm.engine, arrivals)
+        with sparing_what_is_there():  # as servers do, and `LLM.generate`
+            return drive(self._llm.engine, arrivals)
 
     def one_offs(self) -> dict[str, int]:
         metrics = self._llm.engine.metrics

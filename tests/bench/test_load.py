@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -93,6 +94,21 @@ def test_nobody_holds_an_arrival_back() -> None:
     assert second[0] < first[-1], "served beside the first"
     assert 39 < clock.slept < 40
     assert 40 < third[0] < 40.1
+
+
+def test_the_collector_is_spared_while_requests_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk of the whole heap would be the longest gap."""
+    counts: list[int] = []
+
+    def serve(engine: Any, arrivals: Any) -> list[Served]:
+        counts.append(gc.get_freeze_count())
+        return []
+
+    monkeypatch.setattr(load, "drive", serve)
+    own = load.OwnLoad("random:tiny-llama", CONFIG)
+    own.serve([])
+    own.close()
+    assert counts[0] > 0 and gc.get_freeze_count() == 0
 
 
 def test_a_lost_token_is_an_error() -> None:
