@@ -69,9 +69,12 @@ async def prompts_of(body: CompletionRequest, service: Service) -> list[list[int
 
 
 def entry_of(
-    body: CompletionRequest, service: Service, choice: Choice, piece: Piece, *, is_first: bool
+    body: CompletionRequest, service: Service, choice: Choice, piece: Piece, *, is_first: bool, start: int = 0
 ) -> dict[str, Any]:
-    """An entry of `choices` with what a choice last gained; the first one begins with the prompt if that is echoed."""
+    """An entry of `choices` with what a choice last gained; the first one begins with the prompt if that is echoed.
+
+    `start`: characters of the tokens in the entries before, which is not where their text ends: some may be held back.
+    """
     echo = service.tokenizer.decode(choice.prompt) if body.echo else ""
     entry: dict[str, Any] = {
         "index": choice.index,
@@ -82,9 +85,8 @@ def entry_of(
     if body.logprobs is not None:
         tokens = piece.token_ids
         scores: list[TokenScore | None] = list(choice.scores[len(choice.token_ids) - len(tokens) :])
-        start = len(echo) + len(choice.text) - len(piece.text)
         if echo and is_first:
-            tokens, scores, start = choice.prompt + tokens, choice.stream.prompt_scores + scores, 0
+            tokens, scores = choice.prompt + tokens, choice.stream.prompt_scores + scores
         entry["logprobs"] = completion_logprobs(service.tokenizer, tokens, scores, start)
     return entry
 
@@ -93,15 +95,16 @@ async def events(
     body: CompletionRequest, service: Service, choices: Sequence[Choice]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's objects without what all have in common; all is ended if the reader goes away."""
-    begun: set[int] = set()
+    ends: dict[int, int] = {}
     try:
         async for piece in merged(choices):
-            choice, is_first = choices[piece.index], piece.index not in begun
+            choice, is_first, start = choices[piece.index], piece.index not in ends, ends.get(piece.index, 0)
             has_news = piece.text or (body.logprobs is not None and piece.token_ids) or (body.echo and is_first)
             if not has_news and not piece.is_last:
                 continue
-            begun.add(piece.index)
-            chunk = {"choices": [entry_of(body, service, choice, piece, is_first=is_first)]}
+            entry = entry_of(body, service, choice, piece, is_first=is_first, start=start)
+            ends[piece.index] = start + sum(map(len, (entry["logprobs"] or {}).get("tokens", ())))
+            chunk = {"choices": [entry]}
             yield with_timings(chunk, [choice]) if piece.is_last else chunk
         if body.wants_usage:
             yield with_timings({"choices": [], "usage": usage_of(choices)}, choices)

@@ -38,14 +38,26 @@ def test_of_a_completion(live: Live, expected: Any) -> None:
     own = [each[token].logprob for each, token in zip(expected.logprobs, expected.token_ids, strict=True)]
     assert found["token_logprobs"] == pytest.approx(own)
     assert "".join(found["tokens"]) == choice["text"]
-    assert [
+    assert all(
         choice["text"][at:].startswith(token) for at, token in zip(found["text_offset"], found["tokens"], strict=True)
-    ]
+    )
     assert [max(top.values()) for top in found["top_logprobs"]] == pytest.approx(own), "greedy takes the likeliest"
     assert {len(top) for top in found["top_logprobs"]} == {2}
     pieces = [choice["logprobs"] for choice in streamed(live, "/v1/completions", body)]
     for name in found:
         assert sum((piece[name] for piece in pieces), []) == found[name]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_are_the_same_while_text_is_held_back(live: Live, echo: bool) -> None:
+    """As what might be the beginning of a stop string is."""
+    body = {"prompt": PROMPT, "logprobs": 0, "echo": echo, **GREEDY}
+    text = live.post("/v1/completions", **(body | {"echo": False})).json()["choices"][0]["text"]
+    body |= {"stop": [text[:-1] + "?"]}
+    whole = live.post("/v1/completions", **body).json()["choices"][0]
+    choices = streamed(live, "/v1/completions", body)
+    assert choices[0]["text"] in ("", whole["text"][: -len(text)]), "nothing is held back: the case tests nothing"
+    assert sum((choice["logprobs"]["text_offset"] for choice in choices), []) == whole["logprobs"]["text_offset"]
 
 
 def test_of_an_echoed_prompt(live: Live, expected: Any) -> None:
