@@ -13,13 +13,11 @@ import json
 import platform
 from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from minillm.bench.kernels import Work, num_copies, seconds_per_call
 from minillm.config import ModelConfig
@@ -92,21 +90,15 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def microseconds(place: Place, name: str, shape: tuple[int, int], max_tokens: int) -> Iterator[float]:
     """Time of one product for each of the token counts; its weights are read from memory, not from the L2 cache."""
     ops = place.ops
-    product = ops.linear if name != "gate_up" else getattr(ops, "gated_linear", partial(gated_linear, ops))
+    product = ops.gated_linear if name == "gate_up" else ops.linear
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     num_bytes = shape[0] * shape[1] * place.dtype.itemsize
-    pack = getattr(place.ops, "pack_linear", lambda weight: weight)
+    pack = getattr(ops, "pack_linear", lambda weight: weight)
     weights = [pack(make(shape)) for _ in range(num_copies(num_bytes, place.device))]
     x_TD = make((max_tokens + 1, shape[1]))
     for num_tokens in token_counts(max_tokens):
         works: list[Work] = [partial(product, x_TD[:num_tokens], weight_OD, None) for weight_OD in weights]
         yield 1e6 * seconds_per_call(works, place.device)
-
-
-def gated_linear(ops: ModuleType, x_TD: Tensor, weight_2FD: Any, bias_2F: Tensor | None) -> Tensor:
-    """By two functions of a kernel set that has none for both."""
-    y_TF: Tensor = ops.silu_mul(ops.linear(x_TD, weight_2FD, bias_2F))
-    return y_TF
 
 
 def table_of(line: dict[str, Any]) -> Table:

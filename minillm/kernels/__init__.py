@@ -26,7 +26,6 @@ N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M
         write k and v to `kv_2BKPH` at `slots_T`. cos_sin_EH is fp32: H/2 cosines, then H/2 sines.
     silu_mul(x_T2F) -> y_TF                                        silu(first half) * second half
     gated_linear(x_TD, weight_2FD, bias_2F | None) -> y_TF         silu_mul(linear(x)), perhaps rounded less often
-        only where a set has it.
     linear_into(residual_TO, x_TD, weight_OD, bias_O | None) -> None, y_TO or parts_STO in float32, whose sum y is
         only where a set has it: residual += linear(x) in place and None, or what is still to be added, which
         `add_rms_norm` does.

@@ -27,6 +27,7 @@ __all__ = [
     "default_dtype",
     "edit_logits",
     "expand_step_inputs",
+    "gated_linear",
     "keep_edited",
     "keep_tokens",
     "linear",
@@ -64,6 +65,11 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
     """silu(first half) * second half -> y_TF."""
     gate_TF, up_TF = x_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def gated_linear(x_TD: Tensor, weight_2FD: PackedWeight | Tensor, bias_2F: Tensor | None) -> Tensor:
+    """silu(first half) * second half of x W^T + b -> y_TF."""
+    return silu_mul(linear(x_TD, weight_2FD, bias_2F))
 
 
 class Turns(NamedTuple):

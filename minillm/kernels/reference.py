@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "edit_logits",
     "expand_step_inputs",
+    "gated_linear",
     "keep_edited",
     "keep_tokens",
     "linear",
@@ -61,6 +62,11 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
     """silu(first half) * second half -> [T, F]; the first factor is rounded to x's dtype."""
     gate_TF, up_TF = x_T2F.chunk(2, dim=-1)
     return torch.nn.functional.silu(widen(gate_TF)).to(x_T2F.dtype) * up_TF
+
+
+def gated_linear(x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None) -> Tensor:
+    """silu(first half) * second half of x W^T + b -> [T, F]."""
+    return silu_mul(linear(x_TD, weight_2FD, bias_2F))
 
 
 def rotate(x_TNH: Tensor, cos_sin_TH: Tensor) -> Tensor:

@@ -136,11 +136,8 @@ class Linear(nn.Module):
 
     def gated(self, x_TD: Tensor) -> Tensor:
         """silu(first half) * second half of the outputs -> [T, O / 2]."""
-        if not hasattr(self.ops, "gated_linear"):
-            y_TF: Tensor = self.ops.silu_mul(self.forward(x_TD))
-            return y_TF
-        gated_TF: Tensor = self.ops.gated_linear(x_TD, self.weight, self.bias)
-        return gated_TF
+        y_TF: Tensor = self.ops.gated_linear(x_TD, self.weight if self._packed is None else self._packed, self.bias)
+        return y_TF
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """(name in a checkpoint, target) of each part's weight and bias."""
