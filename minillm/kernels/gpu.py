@@ -50,7 +50,8 @@ __all__ = [
     "silu_mul",
 ]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF_DTYPES, torch.float32)
 MAX_HEAD_SIZE = 256
 MAX_STREAMED_ROWS = 64
 """Most tokens of a step whose products `hopper_linear` computes; of 128 others are faster."""
@@ -98,7 +99,7 @@ def suits_hopper_kernel(q_TNH: Tensor, kv_2BKPH: Tensor) -> bool:
     group = num_heads // num_kv_heads
     padded_group = triton.next_power_of_2(group)
     return (
-        q_TNH.dtype in (torch.bfloat16, torch.float16)
+        q_TNH.dtype in HALF_DTYPES
         and head_size in (64, 128)
         and block_size in (16, 32, 64, 128)
         and padded_group <= 64
@@ -108,7 +109,7 @@ def suits_hopper_kernel(q_TNH: Tensor, kv_2BKPH: Tensor) -> bool:
 
 def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Any:
     """`hopper_linear`'s tile for this product, or None where cuBLAS is the one that is there, or the faster one."""
-    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    is_half = x_TD.dtype in HALF_DTYPES
     if not 1 <= x_TD.shape[0] <= MAX_STREAMED_ROWS or not is_half or not has_hopper_kernel(x_TD.device):
         return None
     from minillm.kernels.hopper_linear import choose_tile
@@ -119,7 +120,7 @@ def streamed(x_TD: Tensor, num_out: int, **kind: bool) -> Any:
 def suits_hopper_gated(x_TD: Tensor, num_out: int) -> bool:
     """Whether `hopper_gated` takes this product, of more rows than `hopper_linear` does, and is the faster one."""
     num_tokens, num_in = x_TD.shape
-    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    is_half = x_TD.dtype in HALF_DTYPES
     is_whole = num_in % 8 == 0 and num_out % 8 == 0  # the copy engine takes rows of whole 16 bytes
     if num_tokens <= MAX_STREAMED_ROWS or not is_half or not is_whole or not has_hopper_kernel(x_TD.device):
         return False
@@ -159,7 +160,7 @@ def linear_into(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Te
 
     For many rows the product adds as it stores: the norm then reads and writes half as much.
     """
-    is_half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    is_half = x_TD.dtype in HALF_DTYPES
     if len(x_TD) > MAX_STREAMED_ROWS and bias_O is None and is_half:
         residual_TO.addmm_(x_TD, weight_OD.t())
         return None
