@@ -75,17 +75,17 @@ def entry_of(
 
     `start`: characters of the tokens in the entries before, which is not where their text ends: some may be held back.
     """
-    echo = service.tokenizer.decode(choice.prompt) if body.echo else ""
+    echo = service.tokenizer.decode(choice.prompt) if body.echo and is_first else ""
     entry: dict[str, Any] = {
         "index": choice.index,
-        "text": echo + piece.text if is_first else piece.text,
+        "text": echo + piece.text,
         "logprobs": None,
         "finish_reason": piece.finish_reason,
     }
     if body.logprobs is not None:
         tokens = piece.token_ids
         scores: list[TokenScore | None] = list(choice.scores[len(choice.token_ids) - len(tokens) :])
-        if echo and is_first:
+        if echo:
             tokens, scores = choice.prompt + tokens, choice.stream.prompt_scores + scores
         entry["logprobs"] = completion_logprobs(service.tokenizer, tokens, scores, start)
     return entry
