@@ -33,6 +33,7 @@ MOVES = ("gpu_memcpy", "gpu_memset")
 KINDS = {
     "decode_kernel": "decode attention",
     "merge_kernel": "decode attention",
+    "deal_kernel": "decode attention",
     "attention": "prefill attention",
     "hopper_kernel": "prefill attention",
     "row_kernel": "linears",

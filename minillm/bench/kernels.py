@@ -142,21 +142,30 @@ def attention_case(
     copies = num_copies(sum(contexts) * row_bytes, device)
     kv_size = (copies, 2, sum(used) + 1, shape.kv_heads, block_size, shape.head_size)
     kv_L2BKPH = torch.randn(kv_size, device=device, dtype=dtype)
-    tables_RM = torch.zeros((len(rows), max(used)), dtype=torch.int32, device=device)
-    for table_M, blocks in zip(tables_RM, torch.split((torch.randperm(sum(used)) + 1).int(), used), strict=True):
-        table_M[: len(blocks)] = blocks
     q_TNH = torch.randn((sum(counts), shape.heads, shape.head_size), device=device, dtype=dtype)
+    steers = {
+        "block_tables_SM": shuffled_tables(used).to(device),
+        "rows_R": torch.arange(len(rows), dtype=torch.int32, device=device),
+        "query_starts_R1": torch.tensor([0, *counts], device=device).cumsum(0).int(),
+        "context_lens_R": torch.tensor(contexts, dtype=torch.int32, device=device),
+        "num_decodes": counts.count(1),
+        "max_context_len": max(contexts),
+    }
+    zeros_T = torch.zeros(len(q_TNH), dtype=torch.int32, device=device)
+    prepared = ops.prepare_step(
+        cos_sin_EH=torch.zeros((1, shape.head_size), device=device),
+        positions_T=zeros_T,
+        slots_T=zeros_T,
+        kv_2BKPH=kv_L2BKPH[0],
+        **steers,
+    )
     work = partial(
         ops.attention,
         q_TNH,
-        block_tables_SM=tables_RM,
-        rows_R=torch.arange(len(rows), dtype=torch.int32, device=device),
-        query_starts_R1=torch.tensor([0, *counts], device=device).cumsum(0).int(),
-        context_lens_R=torch.tensor(contexts, dtype=torch.int32, device=device),
+        **steers,
+        prepared=prepared,
         scale=shape.head_size**-0.5,
-        num_decodes=counts.count(1),
         max_query_len=max(counts),
-        max_context_len=max(contexts),
         **({"one_launch": True} if one_launch else {}),
     )
     pairs = sum(count * context - count * (count - 1) // 2 for count, context in rows)
@@ -172,6 +181,14 @@ def attention_case(
         num_flops=0 if is_decode else 4 * pairs * shape.heads * shape.head_size,
         peers=peers,
     )
+
+
+def shuffled_tables(used: list[int]) -> Tensor:
+    """Block tables [R, M] of rows with `used` blocks each, from 1 on in random order."""
+    tables_RM = torch.zeros((len(used), max(used)), dtype=torch.int32)
+    for table_M, blocks in zip(tables_RM, torch.split((torch.randperm(sum(used)) + 1).int(), used), strict=True):
+        table_M[: len(blocks)] = blocks
+    return tables_RM
 
 
 def attention_peers(rows: Rows, q_TNH: Tensor, kv_heads: int, copies: int) -> dict[str, list[Work]]:

@@ -2,7 +2,7 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, decode_attention, edits, expand_kernel, fused, sampling, scores
+    gpu        Triton (attention, hopper_attention, dealing, decode_attention, edits, expand_kernel, fused, sampling, scores
                behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear, for many
                hopper_gated)
 
@@ -39,7 +39,8 @@ N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M
     prepare_step(*, cos_sin_EH, positions_T, slots_T, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1,
                  context_lens_R, num_decodes, max_context_len) -> prepared
         only where a set has it: what all layers of a step share. Its `rotary_and_store` and `attention` then take
-        `prepared`, which must come from the same arguments.
+        `prepared`, which must come from the same arguments. On a GPU a kernel that waits for all before it must come
+        between (programmatic dependent launch): attention reads `prepared` before the kernels before it have ended.
     note_inputs(columns_7K, *, last_tokens_S, history_SN, counts_SV) -> None
         keep and count the input tokens of rows whose logits are edited; before `keep_tokens` replaces the last ones.
     edit_logits(logits_LV, columns_7K, *, profiles_SP, profile, counts_SV, history_SN, masks_MW) -> scores_KV (fp32)
@@ -53,7 +54,7 @@ N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M
     norm_gated_linear(x_TD, norm_D, eps, weight_2FD, bias_2F | None) -> y_TF   silu_mul(linear(rms_norm(x)))
     add_linear(residual_TO, x_TD, weight_OD, bias_O | None) -> None            residual += linear(x) in place
     fused_decode(qkv_TC, *, cos_sin_EH, slots_T, kv_2BKPH, q_norm_H, k_norm_H, eps, num_heads, block_tables_SM, rows_R,
-                 query_starts_R1, context_lens_R, scale, max_context_len) -> o_TNH
+                 context_lens_R, scale, max_context_len) -> o_TNH
         rotary_and_store, then attention.
     sample(logits_LV, *, temperature_L, top_k_L, top_p_L, min_p_L, seeds_L, positions_L, is_random, is_filtered)
         -> tokens_L (int32), is_finite_L (bool)

@@ -1,27 +1,19 @@
 """Attention of rows with one query token: split-KV decoding (Dao et al. 2023, "Flash-Decoding") over the paged cache.
 
-A row's keys are cut into segments whose size follows from the row's own length, and a row is the sum of its segments
-in their order: it depends on nothing else, not on its neighbours or the batch. How many programs share a row is a
-matter of speed alone; each walks its segments in one pipelined loop and starts afresh at each.
+A row is the sum of its keys' segments, in their order, whoever computes them (`dealing`): each program walks the
+segments of its item in one pipelined loop and starts afresh at each.
 
     keys             0 ... 128 ... 256 ... 384 ... 500
     segments         |  a   |   b   |   c   |  d  |
-    one program      ((a + b) + c) + d                       in registers, written to the output
-    two programs     |   p, which stores a, b   |   q, which stores c, d  |      then merge: ((a + b) + c) + d
-
-Where rows are too few to keep a GPU busy however their lengths differ, or their number is not known at launch, the keys
-of the batch are dealt: a row longer than an even share of them all is cut. The device does so, as a graph knows no
-lengths.
-
-    lengths          3000, 200, 700: an even share of four is 975 keys, of row 0 six segments of 192
-    programs         | row 0 | row 0 | row 0 | row 1 | row 2 | none | none |
+    one item         ((a + b) + c) + d                       in registers, written to the output
+    two items        |   p, which stores a, b   |   q, which stores c, d  |      then merge: ((a + b) + c) + d
 
 It starts while the kernel before it, which writes the new keys, still runs (programmatic dependent launch): until
-`gdc_wait` it reads only lengths and tables, which must be there before that kernel. It knows no requests. The small
+`gdc_wait` it reads only items and tables, which must be there before that kernel. It knows no requests. The small
 side (query heads of a group) is the N of each product, the keys are its M.
 
 Shapes: T tokens, N query heads, K key/value heads, H head size, R rows, S seats, M blocks a seat can hold, B blocks,
-P block size, G most segments of a row.
+P block size, C cut rows, G most segments of a row.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
@@ -39,28 +31,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minillm.kernels.attention import LOG2_E, num_multiprocessors, read_pages, read_tile
+from minillm.kernels.attention import LOG2_E, read_pages, read_tile
+from minillm.kernels.dealing import NUM_COLUMNS, Deal, segment_constants, segment_size
 
-__all__ = [
-    "Parts",
-    "can_overlap",
-    "choose_shares",
-    "decode_attention",
-    "max_segments",
-    "merge_parts",
-    "overlap_options",
-    "segment_constants",
-]
+__all__ = ["Parts", "can_overlap", "decode_attention", "merge_parts", "overlap_options"]
 
-MIN_SEGMENT = 128
-"""Keys of a segment, if the row needs no larger ones. Smaller: more programs for one short row, more to merge."""
-MAX_SORTED_ROWS = 128
-"""Most rows whose order by length is worth finding: of more, the hardware's own balancing leaves no gap."""
-DEALT_PROGRAMS = 3
-"""Programs for each multiprocessor, if each row and key head had one, below which keys are dealt. Of more the longest
-row is small beside the batch, and a merge costs more than it saves."""
-MAX_FEW_ROWS = 8
-"""Most rows of which two programs for each multiprocessor are enough."""
+MAX_SPLIT_TOKENS = 128
+"""Most tokens of a step whose rows' heads are merged by a program each: of larger steps most have nothing to merge."""
 
 
 class Parts(NamedTuple):
@@ -78,12 +55,6 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def segment_size(num_keys, MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, TILE_KEYS: tl.constexpr):
-    """Keys per segment of a row: whole tiles, at least MIN_SEGMENT, at most MAX_SEGMENTS segments."""
-    return tl.maximum(MIN_SEGMENT, tl.cdiv(tl.cdiv(num_keys, MAX_SEGMENTS), TILE_KEYS) * TILE_KEYS)
-
-
-@triton.jit
 def fold(sum_acc, sum_top, sum_total, acc, top, total):
     """Add a segment's partial softmax [H, heads] to that of the segments before.
 
@@ -98,168 +69,116 @@ def fold(sum_acc, sum_top, sum_total, acc, top, total):
 
 
 @triton.jit
-def row_of_rank(context_lens_ptr, rank, num_rows, PADDED_ROWS: tl.constexpr):
-    """The row before which `rank` rows come if longer ones come first, and of equals the first."""
-    rows = tl.arange(0, PADDED_ROWS)
-    lens = tl.load(context_lens_ptr + rows, mask=rows < num_rows, other=0)
-    ranks = tl.zeros([PADDED_ROWS], tl.int32)
-    for chunk in tl.range(0, num_rows, 32, num_stages=1):
-        others = chunk + tl.arange(0, 32)
-        other_lens = tl.load(context_lens_ptr + others, mask=others < num_rows, other=-1)
-        is_before = (other_lens[None, :] > lens[:, None]) | (
-            (other_lens[None, :] == lens[:, None]) & (others[None, :] < rows[:, None])
-        )
-        ranks += tl.sum(is_before.to(tl.int32), 1)
-    return tl.sum(tl.where((ranks == rank) & (rows < num_rows), rows, 0), 0)
+def read_item(items_ptr, item, max_items, block_tables_ptr, table_stride,
+              BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr):  # fmt: skip
+    """An item's row, place among the cut rows, keys begin .. end, keys of a segment, table, and first pages; no item:
+    `end` is 0, and only `begin` is sure to be too."""
+    is_item = item < max_items
+    item_ptr = items_ptr + item * NUM_COLUMNS
+    row = tl.load(item_ptr, mask=is_item, other=0)
+    seat = tl.load(item_ptr + 1, mask=is_item, other=0)
+    cut = tl.load(item_ptr + 2, mask=is_item, other=-1)
+    begin = tl.load(item_ptr + 3, mask=is_item, other=0)
+    end = tl.load(item_ptr + 4, mask=is_item, other=0)
+    size = tl.load(item_ptr + 5, mask=is_item, other=0)
+    table_ptr = block_tables_ptr + seat.to(tl.int64) * table_stride
+    return row, cut, begin, end, size, table_ptr, read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
 
 
-@triton.jit
-def deal(query_starts_ptr, context_lens_ptr, program, num_rows, num_shares, PADDED_ROWS: tl.constexpr,
-         MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, TILE_KEYS: tl.constexpr):  # fmt: skip
-    """(row, which of the row's programs this is, how many there are, segments of each); no row: num_rows or more.
-
-    A program takes as many segments as make up an even share of the batch's keys, so there are at most
-    num_rows + num_shares programs.
-    """
-    rows = tl.arange(0, PADDED_ROWS)
-    is_row = rows < num_rows
-    starts = tl.load(query_starts_ptr + rows, mask=is_row, other=0)
-    is_decode = tl.load(query_starts_ptr + rows + 1, mask=is_row, other=0) - starts == 1
-    lens = tl.load(context_lens_ptr + rows, mask=is_decode, other=0)
-    share = tl.maximum(tl.cdiv(tl.sum(lens, 0), num_shares), 1)
-    sizes = segment_size(lens, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
-    num_own = tl.cdiv(share, sizes)
-    num_programs = tl.cdiv(tl.cdiv(lens, sizes), num_own)
-    row = tl.sum((tl.cumsum(num_programs, 0) <= program).to(tl.int32), 0)
-    place = program - tl.sum(tl.where(rows < row, num_programs, 0), 0)
-    is_own = rows == row
-    return row, place, tl.sum(tl.where(is_own, num_programs, 0), 0), tl.sum(tl.where(is_own, num_own, 0), 0)
-
-
-@triton.jit(do_not_specialize=[
-    "rows_ptr", "query_starts_ptr", "context_lens_ptr", "table_stride", "num_rows", "num_shares",
-])  # fmt: skip
+@triton.jit(do_not_specialize=["max_items", "table_stride"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, block_tables_ptr, rows_ptr, query_starts_ptr,
-    context_lens_ptr, scale_log2, table_stride, num_rows, num_shares,
+    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, items_ptr, block_tables_ptr,
+    scale_log2, max_items, table_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, PADDED_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
-    MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
-    IS_DEALT: tl.constexpr, IS_SORTED: tl.constexpr, OVERLAPS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, MAX_SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads, rows), or if IS_DEALT (key heads, rows + shares); row r is token r. IS_SORTED: the longest row
-    starts first.
+    """Grid (key heads, any number of programs, which take the items by turns); row r is token r.
 
-    Writes the output, or for a row that several programs share acc [R, N, G, H], top and total [R, N, G] of each
-    segment. If IS_DEALT, other rows' first total becomes 0, which no sum of weights is.
+    Writes the output, or for a cut row acc [C, N, G, H], top and total [C, N, G] of each segment.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
     if OVERLAPS:
         gdc_launch_dependents()
     kv_head = tl.program_id(0)
-    row = tl.program_id(1)
-    place = 0
-    is_whole = True
-    if IS_DEALT:
-        row, place, num_programs, num_own = deal(query_starts_ptr, context_lens_ptr, row, num_rows, num_shares,
-                                                 PADDED_ROWS, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)  # fmt: skip
-        if row >= num_rows:
-            # Of a batch without decodes all programs end here, and what follows waits for this kernel alone.
-            if OVERLAPS:
-                gdc_wait()
-            return
-        is_whole = num_programs == 1
-    if IS_SORTED:
-        row = row_of_rank(context_lens_ptr, row, num_rows, PADDED_ROWS)
-    is_decode = tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) == 1
-    num_keys = tl.load(context_lens_ptr + row)
-    size = segment_size(num_keys, MIN_SEGMENT, MAX_SEGMENTS, TILE_KEYS)
-    segment = 0
-    begin = 0
-    end = num_keys
-    if IS_DEALT:
-        segment = place * num_own
-        begin = segment * size
-        end = tl.minimum(begin + num_own * size, num_keys)
-    table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
-    pages = read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
-    if OVERLAPS:
+    item = tl.program_id(1)
+    row, cut, begin, end, size, table_ptr, pages = read_item(
+        items_ptr, item, max_items, block_tables_ptr, table_stride, BLOCK_SIZE, TILE_KEYS)  # fmt: skip
+    if OVERLAPS:  # where there are no items it is all that is done: what follows waits for this kernel alone
         gdc_wait()
-    if not is_decode:
-        return
 
     group = tl.arange(0, PADDED_GROUP)
     dims = tl.arange(0, PADDED_HEAD)
-    heads = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group
     mask = (group < GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
-    q = tl.load(q_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
-    q = tl.trans(q)
     k_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
     v_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
-    acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
-    top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED_GROUP], tl.float32)
-    sum_acc, sum_top, sum_total = acc, top, total  # of the segments before
-    segment_end = begin + size
-    for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
-        k = read_tile(k_ptr, pages, key_start, end,
-                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
-        v = read_tile(v_ptr, pages, key_start, end,
-                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
-        pages = read_pages(table_ptr, key_start + TILE_KEYS, end, BLOCK_SIZE, TILE_KEYS)
-        scores = tl.dot(k, q, input_precision="ieee") * scale_log2
-        scores = tl.where((key_start + tl.arange(0, TILE_KEYS) < end)[:, None], scores, float("-inf"))
-        new_top = tl.ceil(tl.maximum(top, tl.max(scores, 0)))
-        weights = tl.exp2(scores - new_top[None, :]).to(v.dtype)
-        shrink = tl.exp2(top - new_top)
-        # Summed as rounded: the largest weight is not quite 1, but a key that outweighs all others must come out as 1.
-        total = total * shrink + tl.sum(weights.to(tl.float32), 0)
-        acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
-        top = new_top
-        if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
-            if not is_whole:
-                parts = heads * MAX_SEGMENTS + segment
-                tl.store(acc_ptr + parts[:, None] * HEAD_SIZE + dims[None, :], tl.trans(acc), mask=mask)
-                tl.store(top_ptr + parts, top, mask=group < GROUP)
-                tl.store(total_ptr + parts, total, mask=group < GROUP)
-                segment += 1
-            else:
-                sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, acc, top, total)
-            acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
-            top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-            total = tl.zeros([PADDED_GROUP], tl.float32)
-            segment_end += size
-    if is_whole:
-        out = tl.trans(sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
-        if IS_DEALT:
-            tl.store(total_ptr + heads * MAX_SEGMENTS, tl.zeros([PADDED_GROUP], tl.float32), mask=group < GROUP)
+    while end > 0:
+        heads = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group
+        q = tl.load(q_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+        q = tl.trans(q)
+        acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
+        top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([PADDED_GROUP], tl.float32)
+        sum_acc, sum_top, sum_total = acc, top, total  # of the segments before
+        parts = (cut.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group) * MAX_SEGMENTS + begin // size
+        segment_end = begin + size
+        for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
+            k = read_tile(k_ptr, pages, key_start, end,
+                          BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
+            v = read_tile(v_ptr, pages, key_start, end,
+                          BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
+            pages = read_pages(table_ptr, key_start + TILE_KEYS, end, BLOCK_SIZE, TILE_KEYS)
+            scores = tl.dot(k, q, input_precision="ieee") * scale_log2
+            scores = tl.where((key_start + tl.arange(0, TILE_KEYS) < end)[:, None], scores, float("-inf"))
+            new_top = tl.ceil(tl.maximum(top, tl.max(scores, 0)))
+            weights = tl.exp2(scores - new_top[None, :]).to(v.dtype)
+            shrink = tl.exp2(top - new_top)
+            # Summed as rounded: the largest weight is not quite 1, but a key that outweighs all others must be 1.
+            total = total * shrink + tl.sum(weights.to(tl.float32), 0)
+            acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
+            top = new_top
+            if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
+                if cut >= 0:
+                    tl.store(acc_ptr + parts[:, None] * HEAD_SIZE + dims[None, :], tl.trans(acc), mask=mask)
+                    tl.store(top_ptr + parts, top, mask=group < GROUP)
+                    tl.store(total_ptr + parts, total, mask=group < GROUP)
+                    parts += 1
+                else:
+                    sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, acc, top, total)
+                acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
+                top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+                total = tl.zeros([PADDED_GROUP], tl.float32)
+                segment_end += size
+        if cut < 0:
+            out = tl.trans(sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
+        item += tl.num_programs(1)
+        row, cut, begin, end, size, table_ptr, pages = read_item(
+            items_ptr, item, max_items, block_tables_ptr, table_stride, BLOCK_SIZE, TILE_KEYS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["query_starts_ptr", "context_lens_ptr"])
+@triton.jit(do_not_specialize=["context_lens_ptr"])
 def merge_kernel(
-    acc_ptr, top_ptr, total_ptr, out_ptr, query_starts_ptr, context_lens_ptr,
+    acc_ptr, top_ptr, total_ptr, out_ptr, cut_rows_ptr, context_lens_ptr,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, TILE_KEYS: tl.constexpr,
     MIN_SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, NUM_NEW: tl.constexpr, HEADS: tl.constexpr,
     BATCH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, heads / HEADS): fold the partial results of a row's segments in their order, behind that of NUM_NEW
-    new keys (0 or 1) which are in no segment. Without new keys, rows whose first total is 0 are passed over."""
+    """Grid (cut rows, heads / HEADS): fold the partial results of a row's segments in their order. With NUM_NEW, behind
+    that of the new key, which is in no segment, and of all rows."""
     if OVERLAPS:
         gdc_launch_dependents()
-    row = tl.program_id(0)
-    is_decode = tl.load(query_starts_ptr + row + 1) - tl.load(query_starts_ptr + row) == 1
-    num_keys = tl.load(context_lens_ptr + row) - NUM_NEW
+    cut = tl.program_id(0)
+    row = cut
+    if NUM_NEW == 0:
+        row = tl.load(cut_rows_ptr + cut)
+    num_keys = tl.load(context_lens_ptr + row, mask=row >= 0, other=0) - NUM_NEW
     if OVERLAPS:
         gdc_wait()
-    if not is_decode:
+    if row < 0:
         return
-    first_head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1) * HEADS
-    if NUM_NEW == 0:
-        if tl.load(total_ptr + first_head * MAX_SEGMENTS) == 0:
-            return
-    head = first_head + tl.arange(0, HEADS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, PADDED_HEAD)
     sum_acc = tl.zeros([PADDED_HEAD, HEADS], tl.float32)
     sum_top = tl.full([HEADS], float("-inf"), tl.float32)
@@ -270,7 +189,7 @@ def merge_kernel(
         tops = ()
         totals = ()
         for i in tl.static_range(BATCH):  # all asked for before the first is used
-            part = head * (MAX_SEGMENTS + NUM_NEW) + first + i
+            part = (cut.to(tl.int64) * NUM_HEADS + head) * (MAX_SEGMENTS + NUM_NEW) + first + i
             is_part = tl.full([HEADS], first + i, tl.int32) < num_parts
             is_dim = (dims[:, None] < HEAD_SIZE) & is_part[None, :]
             accs = accs + (tl.load(acc_ptr + part[None, :] * HEAD_SIZE + dims[:, None], mask=is_dim, other=0.0),)
@@ -279,25 +198,8 @@ def merge_kernel(
         for i in tl.static_range(BATCH):
             sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, accs[i], tops[i], totals[i])
     out = (sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + head[None, :] * HEAD_SIZE + dims[:, None], out, mask=dims[:, None] < HEAD_SIZE)
-
-
-def max_segments(num_kv_heads: int) -> int:
-    """Most segments of a row: a power of two such that one long row alone gives nearly all of a GPU a program."""
-    return min(128, max(16, int(triton.next_power_of_2(triton.cdiv(128, num_kv_heads)))))
-
-
-def choose_shares(num_tokens: int, num_decodes: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Even shares into which each key head's keys are dealt: four programs for each multiprocessor (two for rows so few
-    that a merge costs more than programs of different sizes), or 1 for not at all.
-
-    In a step with other tokens than those of `num_decodes` rows, that is only the most rows that there can be.
-    """
-    is_full = num_decodes * num_kv_heads >= DEALT_PROGRAMS * num_multiprocessors
-    if is_full and num_tokens == num_decodes:
-        return 1
-    num_programs = (2 if num_decodes <= MAX_FEW_ROWS else 4) * num_multiprocessors
-    return -(-num_programs // num_kv_heads)
+    offsets = (row.to(tl.int64) * NUM_HEADS + head)[None, :] * HEAD_SIZE + dims[:, None]
+    tl.store(out_ptr + offsets, out, mask=dims[:, None] < HEAD_SIZE)
 
 
 @cache
@@ -315,73 +217,65 @@ def overlap_options(device: torch.device) -> dict[str, bool]:
     return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(device) else {"OVERLAPS": False}
 
 
-def segment_constants(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """What the kernels that share a row must agree on."""
-    padded_head = max(16, triton.next_power_of_2(head_size))
+def head_constants(num_heads: int, head_size: int) -> dict[str, int]:
+    """What the kernels of a row's parts and their merge have in common."""
     return {
-        "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
-        "TILE_KEYS": max(16, min(128, (8192 if dtype.itemsize == 2 else 2048) // padded_head)),
-        "MIN_SEGMENT": MIN_SEGMENT, "MAX_SEGMENTS": max_segments(num_kv_heads),
+        "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "PADDED_HEAD": max(16, triton.next_power_of_2(head_size)),
     }  # fmt: skip
 
 
 def decode_attention(
     q_TNH: Tensor,
     out_TNH: Tensor,
+    dealt: Deal,
     *,
     kv_2BKPH: Tensor,
     block_tables_SM: Tensor,
-    rows_R: Tensor,
-    query_starts_R1: Tensor,
     context_lens_R: Tensor,
     scale: float,
-    num_decodes: int,
-    shares: int | None = None,
+    overlaps: bool = True,
 ) -> None:
-    """Attention of those of the first `num_decodes` rows with one query token, the row's number, into `out_TNH`.
+    """Attention of the rows that were dealt, row r of token r, into `out_TNH`.
 
-    `shares`, among which each key head's keys are dealt (1: each row has one program; None: chosen from the number of
-    rows), changes no bit of the result.
+    `overlaps`: it may start before the kernel before it ends, which did not deal.
     """
     device = q_TNH.device
     num_tokens, num_heads, head_size = q_TNH.shape
     _, _, num_kv_heads, block_size, _ = kv_2BKPH.shape
     is_half = q_TNH.element_size() == 2
-    constants = segment_constants(num_heads, num_kv_heads, head_size, q_TNH.dtype)
-    if shares is None:
-        shares = choose_shares(num_tokens, num_decodes, num_kv_heads, num_multiprocessors(device))
-    is_dealt, is_sorted = shares > 1, shares == 1 and num_decodes <= MAX_SORTED_ROWS
-    parts = Parts(out_TNH, out_TNH, out_TNH)  # where no row is shared there are no partial results
-    if is_dealt:
-        parts = Parts.empty((num_decodes, num_heads, constants["MAX_SEGMENTS"], head_size), device)
-    decode_kernel[(num_kv_heads, num_decodes + (shares if is_dealt else 0))](
-        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, *parts, block_tables_SM, rows_R,
-        query_starts_R1, context_lens_R, scale * LOG2_E, block_tables_SM.stride(0), num_decodes, shares, **constants,
-        NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
-        PADDED_ROWS=max(16, triton.next_power_of_2(num_decodes)) if is_dealt or is_sorted else 16,
-        BLOCK_SIZE=block_size, STAGES=3 if is_half else 2, IS_DEALT=is_dealt, IS_SORTED=is_sorted,
-        num_warps=4 if is_half else 8, **overlap_options(device),
+    constants = head_constants(num_heads, head_size)
+    segments = segment_constants(num_kv_heads, head_size, kv_2BKPH.dtype)
+    num_cut = len(dealt.cut_rows_C)
+    parts = Parts(out_TNH, out_TNH, out_TNH)  # where no row is cut there are no partial results
+    if num_cut:
+        parts = Parts.empty((num_cut, num_heads, segments["MAX_SEGMENTS"], head_size), device)
+    decode_kernel[(num_kv_heads, dealt.num_programs)](
+        q_TNH, kv_2BKPH[0], kv_2BKPH[1], out_TNH, *parts, dealt.items_I6, block_tables_SM,
+        scale * LOG2_E, len(dealt.items_I6), block_tables_SM.stride(0), **constants, NUM_KV_HEADS=num_kv_heads,
+        PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BLOCK_SIZE=block_size,
+        TILE_KEYS=segments["TILE_KEYS"], MAX_SEGMENTS=segments["MAX_SEGMENTS"], STAGES=3 if is_half else 2,
+        num_warps=4 if is_half else 8, **(overlap_options(device) if overlaps else {"OVERLAPS": False}),
     )  # fmt: skip
-    if is_dealt:
-        merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants, num_heads // num_kv_heads)
+    if num_cut:
+        heads = 1 if num_tokens <= MAX_SPLIT_TOKENS else math.gcd(num_heads // num_kv_heads, 4)
+        merge_parts(parts, out_TNH, context_lens_R, segments, dealt.cut_rows_C, heads)
 
 
 def merge_parts(
     parts: Parts,
     out_TNH: Tensor,
-    query_starts_R1: Tensor,
     context_lens_R: Tensor,
-    constants: dict[str, int],
-    group: int = 1,
-    num_new: int = 0,
+    segments: dict[str, int],
+    cut_rows_C: Tensor | None,
+    heads: int = 1,
 ) -> None:
-    """The sum of each row's parts into `out_TNH`, for rows of one token; the first `num_new` hold new keys.
+    """The sum of each cut row's parts into `out_TNH`; without `cut_rows_C` of every row, its new key in the first part.
 
-    `group`: query heads that share a key head. Of many rows most have nothing to merge: fewer programs find that out.
+    `segments`: those of `segment_constants`. `heads`: of one program.
     """
-    num_rows, num_heads = parts.top_RNG.shape[:2]
-    heads = math.gcd(group, 4) if num_rows > MAX_SORTED_ROWS else 1
-    merge_kernel[(num_rows, num_heads // heads)](
-        *parts, out_TNH, query_starts_R1, context_lens_R, **constants, NUM_NEW=num_new, HEADS=heads, BATCH=8,
-        num_warps=heads, **overlap_options(out_TNH.device),
+    num_cut, num_heads = parts.top_RNG.shape[:2]
+    merge_kernel[(num_cut, num_heads // heads)](
+        *parts, out_TNH, context_lens_R if cut_rows_C is None else cut_rows_C, context_lens_R,
+        **head_constants(num_heads, out_TNH.shape[2]), **segments, NUM_NEW=int(cut_rows_C is None), HEADS=heads,
+        BATCH=8, num_warps=heads, **overlap_options(out_TNH.device),
     )  # fmt: skip

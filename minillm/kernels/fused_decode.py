@@ -22,13 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minillm.kernels.attention import LOG2_E, num_multiprocessors, read_pages, read_tile
-from minillm.kernels.decode_attention import (
-    Parts,
-    can_overlap,
-    merge_parts,
-    segment_constants,
-    segment_size,
-)
+from minillm.kernels.dealing import segment_constants, segment_size
+from minillm.kernels.decode_attention import Parts, can_overlap, head_constants, merge_parts
 
 __all__ = ["fused_decode"]
 
@@ -190,7 +185,6 @@ def fused_decode(
     num_heads: int,
     block_tables_SM: Tensor,
     rows_R: Tensor,
-    query_starts_R1: Tensor,
     context_lens_R: Tensor,
     scale: float,
     max_context_len: int,
@@ -201,22 +195,23 @@ def fused_decode(
     """
     num_rows, device = qkv_TC.shape[0], qkv_TC.device
     _, _, num_kv_heads, block_size, head_size = kv_2BKPH.shape
-    constants = segment_constants(num_heads, num_kv_heads, head_size, qkv_TC.dtype)
-    constants["MIN_SEGMENT"] = constants["TILE_KEYS"]  # the first tile is all that is asked for before the wait
-    most, overlaps = constants["MAX_SEGMENTS"], can_overlap(device)
+    constants = head_constants(num_heads, head_size)
+    segments = segment_constants(num_kv_heads, head_size, kv_2BKPH.dtype)
+    segments["MIN_SEGMENT"] = segments["TILE_KEYS"]  # the first tile is all that is asked for before the wait
+    most, overlaps = segments["MAX_SEGMENTS"], can_overlap(device)
     shares = choose_programs(num_rows * num_kv_heads, num_multiprocessors(device))
-    shares = min(shares, most, triton.cdiv(max_context_len, constants["MIN_SEGMENT"]))
+    shares = min(shares, most, triton.cdiv(max_context_len, segments["MIN_SEGMENT"]))
     parts = Parts.empty((num_rows, num_heads, 1 + most, head_size), device)
     out_TNH = qkv_TC.new_empty(num_rows, num_heads, head_size)
     has_norm = q_norm_H is not None and k_norm_H is not None
     fused_decode_kernel[(num_kv_heads, 1 + shares, num_rows)](
         qkv_TC, q_norm_H if has_norm else qkv_TC, k_norm_H if has_norm else qkv_TC, cos_sin_EH, slots_T,
         kv_2BKPH[0], kv_2BKPH[1], *parts, block_tables_SM, rows_R, context_lens_R, scale * LOG2_E, eps,
-        block_tables_SM.stride(0), **constants, NUM_KV_HEADS=num_kv_heads,
+        block_tables_SM.stride(0), **constants, **segments, NUM_KV_HEADS=num_kv_heads,
         PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BLOCK_SIZE=block_size,
         HAS_NORM=has_norm, OVERLAPS=overlaps,
-        num_warps=max(1, constants["TILE_KEYS"] * constants["PADDED_HEAD"] // 2048),
+        num_warps=max(1, segments["TILE_KEYS"] * constants["PADDED_HEAD"] // 2048),
         **({"launch_pdl": True} if overlaps else {}),
     )  # fmt: skip
-    merge_parts(parts, out_TNH, query_starts_R1, context_lens_R, constants, num_new=1)
+    merge_parts(parts, out_TNH, context_lens_R, segments, None)
     return out_TNH

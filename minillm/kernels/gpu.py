@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minillm.kernels import fused, reference
 from minillm.kernels.attention import num_multiprocessors, paged_attention
+from minillm.kernels.dealing import Deal, deal
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.edits import edit_logits, keep_edited, note_inputs
 from minillm.kernels.expand_kernel import expand_step_inputs
@@ -43,6 +44,7 @@ __all__ = [
     "norm_gated_linear",
     "norm_linear",
     "note_inputs",
+    "prepare_step",
     "rms_norm",
     "rotary_and_store",
     "sample",
@@ -206,6 +208,7 @@ def rotary_and_store(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
+    prepared: Deal | None = None,
 ) -> Tensor:
     """Normalise q and k if weights are given, rotate them, write k and v to the cache -> rotated q [T, N, H]."""
     is_fused = is_supported(qkv_TC, kv_2BKPH.shape[-1])
@@ -224,6 +227,32 @@ def rotary_and_store(
     )
 
 
+def prepare_step(
+    *,
+    cos_sin_EH: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    kv_2BKPH: Tensor,
+    block_tables_SM: Tensor,
+    rows_R: Tensor,
+    query_starts_R1: Tensor,
+    context_lens_R: Tensor,
+    num_decodes: int,
+    max_context_len: int,
+) -> Deal | None:
+    """How decodes' keys are dealt to programs in every layer alike; None where there are no decodes."""
+    if not num_decodes or not is_supported(kv_2BKPH, kv_2BKPH.shape[-1]):
+        return None
+    return deal(
+        kv_2BKPH,
+        rows_R=rows_R,
+        query_starts_R1=query_starts_R1,
+        context_lens_R=context_lens_R,
+        num_tokens=len(positions_T),
+        num_decodes=num_decodes,
+    )
+
+
 def attention(
     q_TNH: Tensor,
     *,
@@ -238,6 +267,7 @@ def attention(
     max_context_len: int,
     block_tokens: int | None = None,
     one_launch: bool = False,
+    prepared: Deal | None = None,
 ) -> Tensor:
     """Causal attention over the paged cache -> [T, N, H]; tokens that no row owns (padding) are left unwritten.
 
@@ -246,21 +276,31 @@ def attention(
     None: measured default) and raises ValueError, naming the largest that does, where it does not fit shared memory.
     With either the plain Triton kernel is taken also on a Hopper GPU, which else has its own.
     """
-    keys: dict[str, Any] = {
-        "kv_2BKPH": kv_2BKPH,
-        "block_tables_SM": block_tables_SM,
+    rows: dict[str, Any] = {
         "rows_R": rows_R,
         "query_starts_R1": query_starts_R1,
         "context_lens_R": context_lens_R,
-        "scale": scale,
     }
+    keys = {"kv_2BKPH": kv_2BKPH, "block_tables_SM": block_tables_SM, "scale": scale, **rows}
     if not is_supported(q_TNH, q_TNH.shape[-1]):
         keys |= {"max_query_len": max_query_len, "max_context_len": max_context_len}
         return reference.attention(q_TNH, num_decodes=num_decodes, **keys)
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     if num_decodes and not one_launch:
-        decode_attention(q_TNH, out_TNH, num_decodes=num_decodes, **keys)
+        dealt = prepared
+        if dealt is None:
+            dealt = deal(kv_2BKPH, **rows, num_tokens=len(q_TNH), num_decodes=num_decodes)
+        decode_attention(
+            q_TNH,
+            out_TNH,
+            dealt,
+            kv_2BKPH=kv_2BKPH,
+            block_tables_SM=block_tables_SM,
+            context_lens_R=context_lens_R,
+            scale=scale,
+            overlaps=prepared is not None,
+        )
     if max_query_len > 1 or one_launch:
         is_own_choice = block_tokens is None and not one_launch
         if is_own_choice and has_hopper_kernel(q_TNH.device) and suits_hopper_kernel(q_TNH, kv_2BKPH):

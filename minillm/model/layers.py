@@ -89,7 +89,6 @@ class Attention(nn.Module):
             num_heads=self.num_heads,
             block_tables_SM=batch.block_tables_SM,
             rows_R=batch.rows_R,
-            query_starts_R1=batch.query_starts_R1,
             context_lens_R=batch.context_lens_R,
             scale=self.scale,
             max_context_len=batch.max_context_len,

@@ -63,14 +63,16 @@ class Transformer(nn.Module):
 
     def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """All layers -> x_TD, which the last norm is still to see. Writes the tokens' keys and values."""
+        is_fused = self._is_fused(batch)
+        if not is_fused or batch.shares_tables:
+            batch = self._with_shared(batch, kv_cache[0])
         residual_TD: Tensor = self.embedding(batch.input_ids_T)
-        if self._is_fused(batch):
+        if is_fused:
             for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
                 assert isinstance(layer, DecoderLayer)
                 layer.forward_fused(residual_TD, batch, kv_2BKPH, self.cos_sin_EH)
             return residual_TD
         x_TD: Tensor | None = None
-        batch = self._with_shared(batch, kv_cache[0])
         for layer, kv_2BKPH in zip(self.layers, kv_cache.unbind(0), strict=True):
             assert isinstance(layer, DecoderLayer)
             x_TD = layer.forward(residual_TD, x_TD, batch, kv_2BKPH, self.cos_sin_EH)

@@ -13,6 +13,7 @@ from minillm.config import EngineConfig
 from minillm.errors import ConfigError
 from minillm.kernels import (
     attention,
+    dealing,
     decode_attention,
     fused,
     fused_decode,
@@ -52,7 +53,7 @@ def test_steps_begin_at_their_first_kernel() -> None:
 def test_every_kernel_of_a_layer_has_a_kind() -> None:
     names = [
         name
-        for module in (attention, decode_attention, fused, fused_decode, skinny)
+        for module in (attention, dealing, decode_attention, fused, fused_decode, skinny)
         + (hopper_attention, hopper_gated, hopper_linear, hopper_results)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and name.endswith("_kernel")

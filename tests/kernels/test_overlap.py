@@ -70,15 +70,20 @@ def test_layers_never_race(make_batch, device, monkeypatch, rows, num_empty) -> 
     inputs_2TD = torch.randn(2, q_TNH.shape[0], HIDDEN, **random)
     start_TD = inputs_2TD[0].clone()
 
+    steers = ("block_tables_SM", "rows_R", "query_starts_R1", "context_lens_R", "num_decodes", "max_context_len")
+    places_T = {"cos_sin_EH": cos_sin_EH, "positions_T": positions_T, "slots_T": slots_T}
+
     def step() -> Tensor:
+        prepared = gpu.prepare_step(**places_T, kv_2BKPH=kv_2BKPH, **{name: inputs[name] for name in steers})
         residual_TD, x_TD = start_TD.clone(), start_TD
         for (qkv, out, gate_up, down), cache in zip(layers, caches, strict=True):
             x_TD = gpu.add_rms_norm(x_TD, residual_TD, norm_D, 1e-6)
             q_TNH = gpu.rotary_and_store(
-                gpu.linear(x_TD, qkv), cos_sin_EH=cos_sin_EH, positions_T=positions_T, slots_T=slots_T, kv_2BKPH=cache,
-                q_norm_H=norm_H, k_norm_H=norm_H, eps=1e-6, num_heads=HEADS, num_kv_heads=KV_HEADS,
+                gpu.linear(x_TD, qkv), **places_T, kv_2BKPH=cache, q_norm_H=norm_H, k_norm_H=norm_H, eps=1e-6,
+                num_heads=HEADS, num_kv_heads=KV_HEADS, prepared=prepared,
             )  # fmt: skip
-            x_TD = gpu.linear(gpu.attention(q_TNH, kv_2BKPH=cache, **inputs).flatten(1), out)
+            o_TNH = gpu.attention(q_TNH, kv_2BKPH=cache, **inputs, prepared=prepared)
+            x_TD = gpu.linear(o_TNH.flatten(1), out)
             x_TD = gpu.add_rms_norm(x_TD, residual_TD, norm_D, 1e-6)
             x_TD = gpu.linear(gpu.silu_mul(gpu.linear(x_TD, gate_up)), down)
         return x_TD + residual_TD

@@ -166,7 +166,7 @@ def decode_inputs(make_batch: Any, contexts: list[int], has_norm: bool, **shape:
 
 
 def fused(given: dict[str, Any], kv_2BKPH: Tensor) -> Tensor:
-    names = ("block_tables_SM", "rows_R", "query_starts_R1", "context_lens_R", "scale", "max_context_len")
+    names = ("block_tables_SM", "rows_R", "context_lens_R", "scale", "max_context_len")
     rest = {name: given["attention"][name] for name in names}
     out_TNH: Tensor = gpu.fused_decode(**given["rotary"], **rest, kv_2BKPH=kv_2BKPH)
     return out_TNH
@@ -214,7 +214,6 @@ def test_more_segments_than_the_most_and_rows_alone(make_batch, device, poisoned
         for part, name in (("rotary", "qkv_TC"), ("rotary", "slots_T"), ("attention", "rows_R")):
             alone[part][name] = given[part][name][row : row + 1]
         alone["attention"]["context_lens_R"] = given["attention"]["context_lens_R"][row : row + 1]
-        alone["attention"]["query_starts_R1"] = given["attention"]["query_starts_R1"][:2]
         alone["attention"]["max_context_len"] = 100_000
         assert torch.equal(fused(alone, kv_2BKPH)[0], out_TNH[row])
 

@@ -9,7 +9,8 @@ import torch
 
 from minillm.kernels import gpu, reference
 from minillm.kernels.attention import Tile, choose_tile, paired
-from minillm.kernels.decode_attention import MAX_SORTED_ROWS, choose_shares, decode_attention, max_segments
+from minillm.kernels.dealing import MAX_SORTED_ROWS, choose_shares, deal, max_segments
+from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.fused_decode import choose_programs
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
@@ -21,9 +22,15 @@ def oracle(q_TNH, inputs):
     return reference.attention(q_TNH.double(), **{**inputs, "kv_2BKPH": inputs["kv_2BKPH"].double()})
 
 
-def unbounded(inputs):
-    """The arguments without the bounds on lengths, which decode attention does not take."""
-    return {name: value for name, value in inputs.items() if not name.startswith("max_")}
+def dealt_attention(q_TNH, inputs, shares):
+    """Decode attention of the rows dealt among `shares`, with NaN where it writes nothing; and what was dealt."""
+    names = ("rows_R", "query_starts_R1", "context_lens_R", "num_decodes")
+    rows = {name: inputs[name] for name in names}
+    dealt = deal(inputs["kv_2BKPH"], **rows, num_tokens=len(q_TNH), shares=shares)
+    out_TNH = torch.full_like(q_TNH, torch.nan)
+    others = {name: inputs[name] for name in ("kv_2BKPH", "block_tables_SM", "context_lens_R", "scale")}
+    decode_attention(q_TNH, out_TNH, dealt, **others)
+    return out_TNH, dealt
 
 
 def largest_error(out_TNH, exact_TNH) -> float:
@@ -79,11 +86,40 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
     q_TNH, inputs = make_batch(rows, num_kv_heads=num_kv_heads, num_heads=8, head_size=16, device=device)
     outs = []
     for shares in many_shares:
-        out_TNH = torch.full_like(q_TNH, torch.nan)
-        decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
-        outs.append(out_TNH)
+        outs.append(dealt_attention(q_TNH, inputs, shares)[0])
     assert largest_error(outs[0], oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
     assert all(torch.equal(out_TNH, outs[0]) for out_TNH in outs)
+
+
+def dealt_by_hand(counts, contexts, seats, shares, least, most, tile):
+    """Items and cut rows as the module's docstring has them, row by row."""
+    lens = [context if count == 1 else 0 for count, context in zip(counts, contexts, strict=True)]
+    share = max(1, -(-sum(lens) // shares))
+    items, cut_rows = [], []
+    for row, length in enumerate(lens):
+        size = max(least, -(--(-length // most) // tile) * tile)
+        own = -(-share // size) * size if shares > 1 else max(1, length)
+        is_cut = length > own
+        cut_rows += [row] * is_cut
+        items += [
+            (row, seats[row], len(cut_rows) - 1 if is_cut else -1, first, min(first + own, length), size)
+            for first in range(0, length, own)
+        ]
+    return items if shares > 1 else sorted(items, key=lambda item: -item[4]), cut_rows
+
+
+@pytest.mark.parametrize("shares", [1, 2, 7, 66])
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+def test_keys_are_dealt_as_described(make_batch, device, poisoned, num_kv_heads, shares) -> None:
+    rows = [(1, 3000), (1, 200), (1, 1), (1, 128), (1, 200), (1, 700), (1, 129), (5, 5000), (1, 33)]
+    q_TNH, inputs = make_batch(rows, num_kv_heads=num_kv_heads, num_heads=8, head_size=64, device=device)
+    inputs["num_decodes"] = len(rows)
+    _, dealt = dealt_attention(q_TNH, inputs, shares)
+    columns = ([count for count, _ in rows], [context for _, context in rows], inputs["rows_R"].tolist())
+    items, cut_rows = dealt_by_hand(*columns, shares, 128, max_segments(num_kv_heads), 32)
+    assert [tuple(item) for item in dealt.items_I6[: len(items)].tolist()] == items
+    assert not dealt.items_I6[len(items) :, 3:5].any()
+    assert dealt.cut_rows_C.tolist() == cut_rows + [-1] * (len(dealt.cut_rows_C) - len(cut_rows))
 
 
 def test_shares_fill_the_gpu() -> None:
@@ -100,8 +136,7 @@ def test_longer_rows_and_rows_that_are_not_there_are_left_alone(make_batch, devi
     exact_TNH = oracle(q_TNH, inputs)
     for name, last in (("query_starts_R1", 6), ("context_lens_R", 0), ("rows_R", 0)):
         inputs[name] = torch.cat((inputs[name], inputs[name].new_full((2,), last)))
-    out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **unbounded(inputs | {"num_decodes": 6}), shares=shares)
+    out_TNH, _ = dealt_attention(q_TNH, inputs | {"num_decodes": 6}, shares)
     assert largest_error(out_TNH[:3], exact_TNH[:3]) <= TOLERANCE[torch.float32]
     assert out_TNH[3:].isnan().all()
 
@@ -109,11 +144,10 @@ def test_longer_rows_and_rows_that_are_not_there_are_left_alone(make_batch, devi
 @pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.parametrize("num_rows", [40, MAX_SORTED_ROWS + 1])
 def test_many_rows_of_one_query(make_batch, device, poisoned, num_rows, shares) -> None:
-    """More rows than are sorted at once, with equals; then more than are sorted at all. One is longer than a share."""
+    """More rows than are compared at once, with equals; then than are sorted at all. One is longer than a share."""
     rows = [(1, 900)] + [(1, 1 + 7 * i % 20) for i in range(1, num_rows)]
     q_TNH, inputs = make_batch(rows, num_heads=4, num_kv_heads=1, head_size=16, device=device)
-    out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
+    out_TNH, _ = dealt_attention(q_TNH, inputs, shares)
     assert largest_error(out_TNH, oracle(q_TNH, inputs)) <= TOLERANCE[torch.float32]
 
 
@@ -137,8 +171,7 @@ def test_the_only_key_seen_is_returned_to_the_bit(make_batch, device, poisoned, 
     q_TNH[1] = q_TNH[1, ::8][heads]
     first = inputs["block_tables_SM"][inputs["rows_R"][0], 0]
     values = torch.stack((inputs["kv_2BKPH"][1, first, :, 0], inputs["kv_2BKPH"][1, block, :, slot]))
-    out_TNH = torch.full_like(q_TNH, torch.nan)
-    decode_attention(q_TNH, out_TNH, **unbounded(inputs), shares=shares)
+    out_TNH, _ = dealt_attention(q_TNH, inputs, shares)
     assert torch.equal(out_TNH, values[:, heads])
 
 
