@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,6 +60,15 @@ MAX_STREAMED_ROWS = 64
 HOPPER_TRITON = ("3.6.",)
 """Versions of Triton with which the Hopper kernels were tested, on a GPU of compute capability 9.0; Gluon's language is
 not stable."""
+
+
+class PreparedStep(NamedTuple):
+    """What all layers of a step share."""
+
+    dealt: Deal | None
+    """How decodes' keys are dealt to programs; None where there are no decodes."""
+    counts_T1: Tensor
+    """For `hopper_attention`."""
 
 
 def is_interpreted() -> bool:
@@ -208,7 +217,7 @@ def rotary_and_store(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
-    prepared: Deal | None = None,
+    prepared: PreparedStep | None = None,
 ) -> Tensor:
     """Normalise q and k if weights are given, rotate them, write k and v to the cache -> rotated q [T, N, H]."""
     is_fused = is_supported(qkv_TC, kv_2BKPH.shape[-1])
@@ -239,18 +248,19 @@ def prepare_step(
     context_lens_R: Tensor,
     num_decodes: int,
     max_context_len: int,
-) -> Deal | None:
-    """How decodes' keys are dealt to programs in every layer alike; None where there are no decodes."""
-    if not num_decodes or not is_supported(kv_2BKPH, kv_2BKPH.shape[-1]):
-        return None
-    return deal(
-        kv_2BKPH,
-        rows_R=rows_R,
-        query_starts_R1=query_starts_R1,
-        context_lens_R=context_lens_R,
-        num_tokens=len(positions_T),
-        num_decodes=num_decodes,
-    )
+) -> PreparedStep:
+    """What `attention` needs in every layer alike; reads no keys or values."""
+    dealt = None
+    if num_decodes and is_supported(kv_2BKPH, kv_2BKPH.shape[-1]):
+        dealt = deal(
+            kv_2BKPH,
+            rows_R=rows_R,
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
+            num_tokens=len(positions_T),
+            num_decodes=num_decodes,
+        )
+    return PreparedStep(dealt, torch.zeros(len(positions_T) + 1, dtype=torch.int32, device=kv_2BKPH.device))
 
 
 def attention(
@@ -267,7 +277,7 @@ def attention(
     max_context_len: int,
     block_tokens: int | None = None,
     one_launch: bool = False,
-    prepared: Deal | None = None,
+    prepared: PreparedStep | None = None,
 ) -> Tensor:
     """Causal attention over the paged cache -> [T, N, H]; tokens that no row owns (padding) are left unwritten.
 
@@ -288,7 +298,7 @@ def attention(
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     if num_decodes and not one_launch:
-        dealt = prepared
+        dealt = None if prepared is None else prepared.dealt
         if dealt is None:
             dealt = deal(kv_2BKPH, **rows, num_tokens=len(q_TNH), num_decodes=num_decodes)
         decode_attention(
@@ -306,7 +316,8 @@ def attention(
         if is_own_choice and has_hopper_kernel(q_TNH.device) and suits_hopper_kernel(q_TNH, kv_2BKPH):
             from minillm.kernels.hopper_attention import hopper_attention
 
-            hopper_attention(q_TNH, out_TNH, min_queries=2, **keys)
+            counts_T1 = None if prepared is None else prepared.counts_T1
+            hopper_attention(q_TNH, out_TNH, min_queries=2, counts_T1=counts_T1, **keys)
         else:
             paged_attention(q_TNH, out_TNH, min_queries=1 if one_launch else 2, block_tokens=block_tokens, **keys)
     return out_TNH

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minillm.kernels.attention import LOG2_E, num_multiprocessors
-from minillm.kernels.decode_attention import Parts
+from minillm.kernels.decode_attention import Parts, overlap_options
 from minillm.kernels.hopper_layouts import shared_layout, sums_layout
 from minillm.kernels.hopper_results import (
     MAX_SHARES,
@@ -234,9 +234,12 @@ def hopper_kernel(
     q_tokens, kv_lines, out_ptr, acc_ptr, top_ptr, total_ptr, num_parts_ptr, block_tables_ptr, rows_ptr,
     query_starts_ptr, context_lens_ptr, next_ptr, scale_log2, table_stride, num_rows, values_line, shares,
     NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PADDED_GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, MIN_QUERIES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, MIN_QUERIES: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
-    """Rows of at least MIN_QUERIES queries. `next_ptr` leads to a zero. Any number of programs."""
+    """Rows of at least MIN_QUERIES queries. `next_ptr` leads to a zero, also afterwards. Any number of programs.
+
+    OVERLAPS: until `gdc_wait` only lengths and tables are read, and nothing is written.
+    """
     GROUP: gl.constexpr = NUM_HEADS // NUM_KV_HEADS
     dtype: gl.constexpr = kv_lines.dtype
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -252,9 +255,9 @@ def hopper_kernel(
             (attend_items, (items, queries, keys, values, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2, shares,
                             1, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_SIZE)),
             (load_items, (items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line,
-                          shares, GROUP, PADDED_GROUP, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)),
+                          shares, GROUP, PADDED_GROUP, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, OVERLAPS)),
             (plan_items, (items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows,
-                          shares, NUM_KV_HEADS, 2 * HALF_ROWS // PADDED_GROUP, MIN_QUERIES)),
+                          shares, NUM_KV_HEADS, 2 * HALF_ROWS // PADDED_GROUP, MIN_QUERIES, OVERLAPS)),
         ],
         [4, 1, 1],
         [240, 24, 24],  # registers of a thread: what the attending groups need, the others leave
@@ -272,8 +275,12 @@ def hopper_attention(
     context_lens_R: Tensor,
     scale: float,
     min_queries: int,
+    counts_T1: Tensor | None = None,
 ) -> None:
     """Attention of rows with at least `min_queries` query tokens (1 or more) into their tokens of `out_TNH`.
+
+    `counts_T1`: int32 [T + 1], zeros for the first layer of a step and then for the other layers as they are. With it
+    the kernel may start before the one before it ends, which may not be what wrote counts, lengths or tables.
 
     bfloat16 or float16, head size 64 or 128, blocks of 16 to 128 (a power of two), contiguous tensors. The grid is a
     bound from shapes: no sync, and a captured launch serves any lengths.
@@ -296,17 +303,19 @@ def hopper_attention(
     shares = choose_shares(num_tiles, num_programs, block_tables_SM.shape[1] * block_size)
     num_shared = num_tokens if shares > 1 else 0
     parts = Parts.empty((num_shared, num_heads, shares, head_size), q_TNH.device)
-    counts = torch.zeros(num_tokens + 1, dtype=torch.int32, device=q_TNH.device)  # and the next item
+    options = overlap_options(q_TNH.device)
+    if counts_T1 is None:
+        counts_T1, options = torch.zeros(num_tokens + 1, dtype=torch.int32, device=q_TNH.device), {"OVERLAPS": False}
     num_items = (num_tiles + num_rows * num_kv_heads) * shares
     hopper_kernel[(min(num_items, num_programs),)](
-        q_tokens, kv_lines, out_TNH, *parts, counts, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
-        counts[num_tokens:], scale * LOG2_E, block_tables_SM.stride(0), num_rows, lines, shares,
+        q_tokens, kv_lines, out_TNH, *parts, counts_T1, block_tables_SM, rows_R, query_starts_R1, context_lens_R,
+        counts_T1[num_tokens:], scale * LOG2_E, block_tables_SM.stride(0), num_rows, lines, shares,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=padded_group, HEAD_SIZE=head_size,
-        BLOCK_SIZE=block_size, MIN_QUERIES=min_queries, num_warps=4,
+        BLOCK_SIZE=block_size, MIN_QUERIES=min_queries, num_warps=4, **options,
     )  # fmt: skip
     if shares > 1:
         merge_kernel[(num_tokens, num_kv_heads)](
-            *parts, counts, out_TNH, shares,
+            *parts, counts_T1, out_TNH, shares,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, PADDED_GROUP=padded_group, HEAD_SIZE=head_size,
             MAX_SHARES=MAX_SHARES, num_warps=4,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from minillm.kernels.hopper_layouts import shared_layout
 from minillm.kernels.hopper_ring import leave, wait_filled, wait_left
@@ -83,7 +84,7 @@ def add(a, b):
 def find_item(
     index, query_starts_ptr, context_lens_ptr, num_rows, shares, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr
 ):
-    """The row (num_rows: none) that has item `index` of one key head, and which of its items that is.
+    """The row (num_rows: none) that has item `index` of one key head, which of its items that is, and items in all.
 
     Counted 128 rows at a time: a search would wait for one load after the other.
     """
@@ -104,22 +105,25 @@ def find_item(
         row += gl.sum(is_before.to(gl.int32), 0)
         num_before = gl.maximum(num_before, gl.max(gl.where(is_before, ends, 0), 0))
         num_seen += gl.sum(num_items, 0)
-    return row, index - num_before
+    return row, index - num_before, num_seen
 
 
 @gluon.jit
 def plan_items(
     items, rows_ptr, query_starts_ptr, context_lens_ptr, next_ptr, num_parts_ptr, num_rows, shares,
-    NUM_KV_HEADS: gl.constexpr, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr, TILE_QUERIES: gl.constexpr, MIN_QUERIES: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: draw items, of all programs' one list, until there are none; the last one sent has no key tiles."""
+    """One warp: draw items, of all programs' one list, until there are none; the last one sent has no key tiles.
+
+    A program draws once for each item that it sends, so the last draw of all is known, and leaves a zero again.
+    """
     layout: gl.constexpr = fields_layout(1)
     position = gl.arange(0, NUM_FIELDS, layout)
     turn = 0
     item = gl.program_id(0)
     num_tiles = 1
     while num_tiles > 0:
-        row, index = find_item(
+        row, index, num_items = find_item(
             item // NUM_KV_HEADS, query_starts_ptr, context_lens_ptr, num_rows, shares,
             TILE_QUERIES, MIN_QUERIES)  # fmt: skip
         is_item = row < num_rows
@@ -137,6 +141,8 @@ def plan_items(
         num_tiles = gl.minimum(num_seen - segment * size, size)
         # A segment behind what the queries see is one tile that weighs nothing.
         num_tiles = gl.where(is_item, gl.maximum(num_tiles, 1), 0)
+        if OVERLAPS:  # the layer before may still draw
+            gdc_wait()
         if (parts > 1) & is_item:
             tokens = gl.arange(0, TILE_QUERIES, gl.BlockedLayout([1], [32], [1], [0]))
             places = num_parts_ptr + row_start + first_query + tokens
@@ -154,7 +160,10 @@ def plan_items(
         items[0].index(turn % DEPTH).store(fields)
         gl.thread_barrier()
         mbarrier.arrive(items[1].index(turn % DEPTH), count=1)
-        item = gl.num_programs(0) + gl.atomic_add(next_ptr, 1)
+        drawn = gl.atomic_add(next_ptr, 1)
+        item = gl.num_programs(0) + drawn
+        if drawn == num_items * NUM_KV_HEADS + gl.num_programs(0) - 1:
+            gl.store(next_ptr, 0)
         turn += 1
 
 
@@ -176,7 +185,7 @@ def load_tile(kv_lines, ring, turn, lines, HEAD_SIZE: gl.constexpr, NUM_LINES: g
 def load_items(
     items, queries, keys, values, q_tokens, kv_lines, block_tables_ptr, table_stride, values_line, shares,
     GROUP: gl.constexpr, PADDED_GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy queries, and key tiles one ahead of the value tiles, which are needed later and left later."""
     HALVES: gl.constexpr = HEAD_SIZE // 64
@@ -202,6 +211,8 @@ def load_items(
         wait_left(queries, q_turn)
         filled = queries[1].index(q_turn % DEPTH)
         mbarrier.expect(filled, 2 * HALF_ROWS * HEAD_SIZE * 2)
+        if OVERLAPS:
+            gdc_wait()
         for group in gl.static_range(2):
             for half in gl.static_range(HALVES):
                 part = q_parts.index((q_turn % DEPTH * 2 + group) * HALVES + half)
