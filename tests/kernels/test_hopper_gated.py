@@ -18,12 +18,30 @@ SMALL, LARGE = 3072, 14336
 @pytest.mark.parametrize(
     ("num_out", "taken", "left"),
     [
-        (SMALL, (1152, 1280, 2048, 8192, 16384), (72, 256, 512, 768, 1024)),
-        (LARGE, (128, 256, 896, 1024, 1280, 8192, 16384), (72, 200, 512, 640, 720, 768)),
+        (SMALL, (512, 640, 1024, 1280, 2048, 8192, 16384), (72, 128, 256, 384, 768, 896)),
+        (LARGE, (120, 128, 224, 256, 384, 512, 640, 768, 896, 1152, 8192, 16384), (72, 96, 136, 192, 320)),
     ],
 )
 def test_what_was_measured_to_be_faster_is_taken(num_out, taken, left) -> None:
     assert [num for num in (*taken, *left) if hopper_gated.is_faster(num, num_out, NUM_PROGRAMS)] == list(taken)
+
+
+@pytest.mark.parametrize(
+    ("token_tiles", "num_out", "expected"),
+    [
+        (1, LARGE, (112, 0)),
+        (2, LARGE, (66, 96)),
+        (4, LARGE, (99, 64)),
+        (6, LARGE, (110, 32)),
+        (8, LARGE, (112, 0)),
+        (64, LARGE, (111, 64)),
+        (2, SMALL, (0, 64)),
+        (64, SMALL, (24, 0)),
+        (1, 8, (0, 32)),
+    ],
+)
+def test_the_last_round_is_narrow_where_that_is_enough(token_tiles, num_out, expected) -> None:
+    assert hopper_gated.choose_widths(token_tiles, num_out, NUM_PROGRAMS) == expected
 
 
 def test_the_path_that_products_take(device, monkeypatch) -> None:
@@ -74,10 +92,12 @@ def twin(x_TD: Tensor, weight_2FD: Tensor) -> Tensor:
         (1153, 264, 1000),
         (2500, 512, 2048),
         (3000, 4096, 520),
+        (250, 64, 14336),
+        (700, 64, 14336),
     ],
 )
 def test_products(device, poisoned, hopper, num_tokens, num_in, num_out, dtype) -> None:
-    """Tails of tokens, inputs and outputs; fewer tiles than programs, and several rounds of them."""
+    """Tails of tokens, inputs and outputs; fewer tiles than programs, and several rounds, the last one of any width."""
     num_draws = -(-250 // (num_tokens * num_out))
     draws = [operands(num_tokens, num_in, 2 * num_out, dtype, device) for _ in range(num_draws)]
     pairs = [(x_TD, weight_2FD) for x_TD, _, weight_2FD, _, _ in draws]
