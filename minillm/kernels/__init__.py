@@ -2,8 +2,8 @@
 
     reference  plain torch, float64-able: the oracle, never tuned
     cpu        torch on a CPU, tuned; no compiler needed
-    gpu        Triton (attention, hopper_attention, dealing, decode_attention, edits, expand_kernel, fused, sampling, scores
-               behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear, for many
+    gpu        Triton (attention, hopper_attention, dealing, decode_attention, edits, expand_kernel, fused, sampling,
+               scores behind it; for steps of a few rows skinny and fused_decode, for some more hopper_linear, for many
                hopper_gated)
 
 A model is built with one set and calls nothing else. The package imports torch and triton, nothing of MiniLLM's;

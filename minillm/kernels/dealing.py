@@ -1,12 +1,12 @@
 """How the keys of rows with one query token are dealt to programs, found out once for all layers of a step.
 
-A row's keys are cut into segments whose size follows from the row's own length, and a row is the sum of its segments in
-their order: it depends on nothing else. How many programs share a row is a matter of speed alone. Where rows are too few
-to keep a GPU busy however their lengths differ, or their number is not known at launch, a row longer than an even share
-of all keys is cut. The device does so, as a graph knows no lengths.
+A row's keys are cut into segments whose size follows from the row's own length, and a row is the sum of its segments
+in their order: it depends on nothing else. How many programs share a row is a matter of speed alone. Where rows are too
+few to keep a GPU busy however their lengths differ, or their number is not known at launch, a row longer than an even
+share of all keys is cut. The device does so, as a graph knows no lengths.
 
     lengths          3000, 200, 700: an even share of four is 975 keys, of row 0 six segments of 192
-    items            | row 0, keys 0 .. 1151 | row 0, 1152 .. 2303 | row 0, 2304 .. 2999 | row 1, all | row 2, all | none ..
+    items            | row 0, keys 0 .. 1151 | row 0, 1152 .. 2303 | row 0, 2304 .. 2999 | row 1 | row 2 | none ..
     cut rows         | 0 |
 
 Rows that are left whole come longest first. It knows no requests.

@@ -85,20 +85,77 @@ def read_item(items_ptr, item, max_items, block_tables_ptr, table_stride,
     return row, cut, begin, end, size, table_ptr, read_pages(table_ptr, begin, end, BLOCK_SIZE, TILE_KEYS)
 
 
+@triton.jit
+def attend_item(
+    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2,
+    kv_head, row, cut, begin, end, size, table_ptr, pages,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, MAX_SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr, HAS_CUTS: tl.constexpr,
+):  # fmt: skip
+    """Writes the output of an item of one key head, or for a cut row acc, top and total of each of its segments."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
+    group = tl.arange(0, PADDED_GROUP)
+    dims = tl.arange(0, PADDED_HEAD)
+    mask = (group < GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
+    heads = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group
+    q = tl.load(q_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+    q = tl.trans(q)
+    acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
+    top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_GROUP], tl.float32)
+    sum_acc, sum_top, sum_total = acc, top, total  # of the segments before
+    is_whole = True
+    parts = heads
+    if HAS_CUTS:
+        is_whole = cut < 0
+        parts = (cut.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group) * MAX_SEGMENTS + begin // size
+    segment_end = begin + size
+    for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
+        k = read_tile(k_ptr, pages, key_start, end,
+                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
+        v = read_tile(v_ptr, pages, key_start, end,
+                      BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
+        pages = read_pages(table_ptr, key_start + TILE_KEYS, end, BLOCK_SIZE, TILE_KEYS)
+        scores = tl.dot(k, q, input_precision="ieee") * scale_log2
+        scores = tl.where((key_start + tl.arange(0, TILE_KEYS) < end)[:, None], scores, float("-inf"))
+        new_top = tl.ceil(tl.maximum(top, tl.max(scores, 0)))
+        weights = tl.exp2(scores - new_top[None, :]).to(v.dtype)
+        shrink = tl.exp2(top - new_top)
+        # Summed as rounded: the largest weight is not quite 1, but a key that outweighs all others must come out as 1.
+        total = total * shrink + tl.sum(weights.to(tl.float32), 0)
+        acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
+        top = new_top
+        if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
+            if not is_whole:
+                tl.store(acc_ptr + parts[:, None] * HEAD_SIZE + dims[None, :], tl.trans(acc), mask=mask)
+                tl.store(top_ptr + parts, top, mask=group < GROUP)
+                tl.store(total_ptr + parts, total, mask=group < GROUP)
+                parts += 1
+            else:
+                sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, acc, top, total)
+            acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
+            top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+            total = tl.zeros([PADDED_GROUP], tl.float32)
+            segment_end += size
+    if is_whole:
+        out = tl.trans(sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
+
+
 @triton.jit(do_not_specialize=["max_items", "table_stride"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, items_ptr, block_tables_ptr,
     scale_log2, max_items, table_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
     PADDED_GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, MAX_SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, HAS_CUTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads, any number of programs, which take the items by turns); row r is token r.
+    """Grid (key heads, items); row r is token r. HAS_CUTS: fewer programs, which take the items by turns.
 
     Writes the output, or for a cut row acc [C, N, G, H], top and total [C, N, G] of each segment.
     """
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE
     if OVERLAPS:
         gdc_launch_dependents()
     kv_head = tl.program_id(0)
@@ -107,55 +164,23 @@ def decode_kernel(
         items_ptr, item, max_items, block_tables_ptr, table_stride, BLOCK_SIZE, TILE_KEYS)  # fmt: skip
     if OVERLAPS:  # where there are no items it is all that is done: what follows waits for this kernel alone
         gdc_wait()
-
-    group = tl.arange(0, PADDED_GROUP)
-    dims = tl.arange(0, PADDED_HEAD)
-    mask = (group < GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
     k_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
     v_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
-    while end > 0:
-        heads = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group
-        q = tl.load(q_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
-        q = tl.trans(q)
-        acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
-        top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([PADDED_GROUP], tl.float32)
-        sum_acc, sum_top, sum_total = acc, top, total  # of the segments before
-        parts = (cut.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group) * MAX_SEGMENTS + begin // size
-        segment_end = begin + size
-        for key_start in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
-            k = read_tile(k_ptr, pages, key_start, end,
-                          BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
-            v = read_tile(v_ptr, pages, key_start, end,
-                          BLOCK_STRIDE, BLOCK_SIZE, TILE_KEYS, HEAD_SIZE, PADDED_HEAD, True)  # fmt: skip
-            pages = read_pages(table_ptr, key_start + TILE_KEYS, end, BLOCK_SIZE, TILE_KEYS)
-            scores = tl.dot(k, q, input_precision="ieee") * scale_log2
-            scores = tl.where((key_start + tl.arange(0, TILE_KEYS) < end)[:, None], scores, float("-inf"))
-            new_top = tl.ceil(tl.maximum(top, tl.max(scores, 0)))
-            weights = tl.exp2(scores - new_top[None, :]).to(v.dtype)
-            shrink = tl.exp2(top - new_top)
-            # Summed as rounded: the largest weight is not quite 1, but a key that outweighs all others must be 1.
-            total = total * shrink + tl.sum(weights.to(tl.float32), 0)
-            acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision="ieee")
-            top = new_top
-            if key_start + TILE_KEYS >= tl.minimum(segment_end, end):
-                if cut >= 0:
-                    tl.store(acc_ptr + parts[:, None] * HEAD_SIZE + dims[None, :], tl.trans(acc), mask=mask)
-                    tl.store(top_ptr + parts, top, mask=group < GROUP)
-                    tl.store(total_ptr + parts, total, mask=group < GROUP)
-                    parts += 1
-                else:
-                    sum_acc, sum_top, sum_total = fold(sum_acc, sum_top, sum_total, acc, top, total)
-                acc = tl.zeros([PADDED_HEAD, PADDED_GROUP], tl.float32)
-                top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-                total = tl.zeros([PADDED_GROUP], tl.float32)
-                segment_end += size
-        if cut < 0:
-            out = tl.trans(sum_acc / sum_total[None, :]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + heads[:, None] * HEAD_SIZE + dims[None, :], out, mask=mask)
-        item += tl.num_programs(1)
-        row, cut, begin, end, size, table_ptr, pages = read_item(
-            items_ptr, item, max_items, block_tables_ptr, table_stride, BLOCK_SIZE, TILE_KEYS)  # fmt: skip
+    if HAS_CUTS:
+        while end > 0:
+            attend_item(q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2,
+                        kv_head, row, cut, begin, end, size, table_ptr, pages,
+                        NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, PADDED_HEAD, PADDED_GROUP, BLOCK_SIZE, TILE_KEYS,
+                        MAX_SEGMENTS, STAGES, HAS_CUTS)  # fmt: skip
+            item += tl.num_programs(1)
+            row, cut, begin, end, size, table_ptr, pages = read_item(
+                items_ptr, item, max_items, block_tables_ptr, table_stride, BLOCK_SIZE, TILE_KEYS)  # fmt: skip
+    else:
+        if end > 0:
+            attend_item(q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, scale_log2,
+                        kv_head, row, cut, begin, end, size, table_ptr, pages,
+                        NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, PADDED_HEAD, PADDED_GROUP, BLOCK_SIZE, TILE_KEYS,
+                        MAX_SEGMENTS, STAGES, HAS_CUTS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["context_lens_ptr"])
@@ -254,7 +279,8 @@ def decode_attention(
         scale * LOG2_E, len(dealt.items_I6), block_tables_SM.stride(0), **constants, NUM_KV_HEADS=num_kv_heads,
         PADDED_GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BLOCK_SIZE=block_size,
         TILE_KEYS=segments["TILE_KEYS"], MAX_SEGMENTS=segments["MAX_SEGMENTS"], STAGES=3 if is_half else 2,
-        num_warps=4 if is_half else 8, **(overlap_options(device) if overlaps else {"OVERLAPS": False}),
+        HAS_CUTS=num_cut > 0, num_warps=4 if is_half else 8,
+        **(overlap_options(device) if overlaps else {"OVERLAPS": False}),
     )  # fmt: skip
     if num_cut:
         heads = 1 if num_tokens <= MAX_SPLIT_TOKENS else math.gcd(num_heads // num_kv_heads, 4)

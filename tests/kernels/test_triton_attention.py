@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from math import ceil
 
 import pytest
 import torch
@@ -94,11 +95,11 @@ def test_decode_is_exact_and_equal_however_rows_are_shared(
 def dealt_by_hand(counts, contexts, seats, shares, least, most, tile):
     """Items and cut rows as the module's docstring has them, row by row."""
     lens = [context if count == 1 else 0 for count, context in zip(counts, contexts, strict=True)]
-    share = max(1, -(-sum(lens) // shares))
+    share = max(1, ceil(sum(lens) / shares))
     items, cut_rows = [], []
     for row, length in enumerate(lens):
-        size = max(least, -(--(-length // most) // tile) * tile)
-        own = -(-share // size) * size if shares > 1 else max(1, length)
+        size = max(least, ceil(length / most / tile) * tile)
+        own = ceil(share / size) * size if shares > 1 else max(1, length)
         is_cut = length > own
         cut_rows += [row] * is_cut
         items += [
