@@ -3,7 +3,7 @@
 Bandwidth-bound kernels are compared with a large copy, compute-bound ones with a large matrix product, both measured
 in the same run; PyTorch's SDPA and FlashAttention 3, where they are there, run the same shapes over contiguous keys.
 On a GPU a kernel's calls are captured in one graph over several copies of its data, so that neither the host nor the
-L2 cache makes the figure. It knows no engine.
+L2 cache makes the figure. What the layers of a step share is prepared before. It knows no engine.
 
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size, R rows, P block
 size, L rows of logits, V vocabulary.

@@ -39,8 +39,9 @@ N positions, P words of a profile, M masks, W = V / 32 words of one; of scores M
     prepare_step(*, cos_sin_EH, positions_T, slots_T, kv_2BKPH, block_tables_SM, rows_R, query_starts_R1,
                  context_lens_R, num_decodes, max_context_len) -> prepared
         only where a set has it: what all layers of a step share. Its `rotary_and_store` and `attention` then take
-        `prepared`, which must come from the same arguments. On a GPU a kernel that waits for all before it must come
-        between (programmatic dependent launch): attention reads `prepared` before the kernels before it have ended.
+        `prepared`, which must come from the same arguments; layers of one step, in their order, on one stream. On a GPU
+        a kernel that waits for all before it must come between (programmatic dependent launch): attention reads
+        `prepared` before the kernels before it have ended.
     note_inputs(columns_7K, *, last_tokens_S, history_SN, counts_SV) -> None
         keep and count the input tokens of rows whose logits are edited; before `keep_tokens` replaces the last ones.
     edit_logits(logits_LV, columns_7K, *, profiles_SP, profile, counts_SV, history_SN, masks_MW) -> scores_KV (fp32)

@@ -67,8 +67,8 @@ class PreparedStep(NamedTuple):
 
     dealt: Deal | None
     """How decodes' keys are dealt to programs; None where there are no decodes."""
-    counts_T1: Tensor
-    """For `hopper_attention`."""
+    counts_T1: Tensor | None
+    """What `hopper_attention` counts in; None in a step of decodes alone."""
 
 
 def is_interpreted() -> bool:
@@ -260,7 +260,9 @@ def prepare_step(
             num_tokens=len(positions_T),
             num_decodes=num_decodes,
         )
-    return PreparedStep(dealt, torch.zeros(len(positions_T) + 1, dtype=torch.int32, device=kv_2BKPH.device))
+    has_prompts = len(positions_T) != num_decodes
+    counts_T1 = torch.zeros(len(positions_T) + 1, dtype=torch.int32, device=kv_2BKPH.device) if has_prompts else None
+    return PreparedStep(dealt, counts_T1)
 
 
 def attention(
@@ -299,6 +301,7 @@ def attention(
     out_TNH = torch.empty_like(q_TNH)
     if num_decodes and not one_launch:
         dealt = None if prepared is None else prepared.dealt
+        overlaps = dealt is not None
         if dealt is None:
             dealt = deal(kv_2BKPH, **rows, num_tokens=len(q_TNH), num_decodes=num_decodes)
         decode_attention(
@@ -309,7 +312,7 @@ def attention(
             block_tables_SM=block_tables_SM,
             context_lens_R=context_lens_R,
             scale=scale,
-            overlaps=prepared is not None,
+            overlaps=overlaps,
         )
     if max_query_len > 1 or one_launch:
         is_own_choice = block_tokens is None and not one_launch

@@ -279,8 +279,9 @@ def hopper_attention(
 ) -> None:
     """Attention of rows with at least `min_queries` query tokens (1 or more) into their tokens of `out_TNH`.
 
-    `counts_T1`: int32 [T + 1], zeros for the first layer of a step and then for the other layers as they are. With it
-    the kernel may start before the one before it ends, which may not be what wrote counts, lengths or tables.
+    `counts_T1`: int32 [T + 1], zeros for the first layer of a step and then, as they are, for its other layers of the
+    same shapes: parts of each token whose keys are cut, else 0; last the next item, 0 between launches. With it the
+    kernel may start before the one before it ends, which may not be what wrote counts, lengths or tables.
 
     bfloat16 or float16, head size 64 or 128, blocks of 16 to 128 (a power of two), contiguous tensors. The grid is a
     bound from shapes: no sync, and a captured launch serves any lengths.

@@ -52,19 +52,20 @@ NEARBY = gl.constexpr(8)
 """Tiles of tokens that are done for one tile of outputs before the next: their inputs stay in the L2 cache."""
 
 
-NARROW_COST = {32: 0.3, 64: 0.5, 96: 0.85, 0: 0.0}
-"""Time of a narrow last round by its tiles' outputs, over that of a full one (H200, llama-3.1-8b); 0: there is none."""
+NARROW_COST = {32: 0.3, 64: 0.5, 96: 0.85}
+"""Outputs that the tiles of a narrow last round may have, fewest first, and its time over that of a full one (H200,
+llama-3.1-8b)."""
 
 
 def is_faster(num_tokens: int, num_out: int, num_programs: int) -> bool:
     """Than cuBLAS and a kernel for the activation (measured on H100 and H200, sizes of qwen3-0.6b and llama-3.1-8b).
 
-    By the share of real tokens in the rounds that the tiles take. cuBLAS has other tiles to choose from; for up to 256
-    tokens their number matters less, as reading the weights takes as long.
+    By what full rounds would hold in the time that the tiles take, and how much of that are real tokens. cuBLAS has
+    other tiles to choose from; for up to 256 tokens they matter less, as reading the weights takes as long.
     """
     token_tiles = triton.cdiv(num_tokens, TILE_TOKENS.value)
     num_wide, width = choose_widths(token_tiles, num_out, num_programs)
-    rounds = triton.cdiv(token_tiles * num_wide, num_programs) + NARROW_COST[width]
+    rounds = triton.cdiv(token_tiles * num_wide, num_programs) + NARROW_COST.get(width, 0.0)
     useful = num_tokens * num_out / (rounds * num_programs * TILE_TOKENS.value * TILE_OUT.value)
     return bool(useful >= (0.79 if num_tokens <= 2 * TILE_TOKENS.value else 0.85))
 
@@ -79,9 +80,16 @@ def choose_widths(token_tiles: int, num_out: int, num_programs: int) -> tuple[in
     num_wide = (rounds - 1) * num_programs // token_tiles
     rest = num_out - num_wide * TILE_OUT.value
     for width in NARROW_COST:
-        if width and token_tiles * triton.cdiv(rest, width) <= num_programs:
+        if token_tiles * triton.cdiv(rest, width) <= num_programs:
             return num_wide, width
     return triton.cdiv(num_out, TILE_OUT.value), 0
+
+
+def grid_size(token_tiles: int, num_out: int, num_programs: int) -> int:
+    """Programs to launch: one for each tile of a round, and as many as there are narrow tiles, as none takes two."""
+    num_wide, width = choose_widths(token_tiles, num_out, num_programs)
+    num_narrow = triton.cdiv(num_out - num_wide * TILE_OUT.value, width) if width else 0
+    return min(token_tiles * max(num_wide, num_narrow), num_programs)
 
 
 @gluon.jit
@@ -246,7 +254,7 @@ def gated_kernel(
     rows, weights, pieces, y, y_ptr, num_tokens, num_token_tiles, num_wide,
     NUM_IN: gl.constexpr, NUM_OUT: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Programs, each of which has a tile; WIDTH is that of the last round's if they are narrow."""
+    """Grid: `grid_size`. WIDTH: outputs of the last round's tiles if they are narrow."""
     dtype: gl.constexpr = y.dtype
     tokens = gl.allocate_shared_memory(dtype, [DEPTH * 2, HALF_TOKENS, TILE_IN], shared_layout(2))
     pairs = gl.allocate_shared_memory(dtype, [DEPTH, 2 * TILE_OUT, TILE_IN], shared_layout(2))
@@ -270,15 +278,13 @@ def gated_linear(x_TD: Tensor, weight_2FD: Tensor) -> Tensor:
     num_tokens, num_in = x_TD.shape
     num_out = len(weight_2FD) // 2
     y_TF = x_TD.new_empty(num_tokens, num_out)
-    num_programs = num_multiprocessors(x_TD.device)
-    token_tiles = triton.cdiv(num_tokens, TILE_TOKENS.value)
-    num_wide, width = choose_widths(token_tiles, num_out, num_programs)
-    num_narrow = triton.cdiv(num_out - num_wide * TILE_OUT.value, width) if width else 0
-    gated_kernel[(min(token_tiles * max(num_wide, num_narrow), num_programs),)](
+    sizes = triton.cdiv(num_tokens, TILE_TOKENS.value), num_out, num_multiprocessors(x_TD.device)
+    num_wide, width = choose_widths(*sizes)
+    gated_kernel[(grid_size(*sizes),)](
         TensorDescriptor.from_tensor(x_TD, [TILE_TOKENS.value, TILE_IN.value], shared_layout(2)),
         TensorDescriptor.from_tensor(weight_2FD, [TILE_OUT.value, TILE_IN.value], shared_layout(2)),
         TensorDescriptor.from_tensor(weight_2FD, [PIECE.value, TILE_IN.value], shared_layout(2)),
         TensorDescriptor.from_tensor(y_TF, [HALF_TOKENS.value, TILE_OUT.value], shared_layout(2)), y_TF,
-        num_tokens, token_tiles, num_wide, NUM_IN=num_in, NUM_OUT=num_out, WIDTH=width, num_warps=4,
+        num_tokens, sizes[0], num_wide, NUM_IN=num_in, NUM_OUT=num_out, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return y_TF

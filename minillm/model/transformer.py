@@ -64,6 +64,7 @@ class Transformer(nn.Module):
     def run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """All layers -> x_TD, which the last norm is still to see. Writes the tokens' keys and values."""
         is_fused = self._is_fused(batch)
+        # Before the embedding, an ordinary kernel: a layer's may start before those before it have ended.
         if not is_fused or batch.shares_tables:
             batch = self._with_shared(batch, kv_cache[0])
         residual_TD: Tensor = self.embedding(batch.input_ids_T)

@@ -44,6 +44,40 @@ def test_the_last_round_is_narrow_where_that_is_enough(token_tiles, num_out, exp
     assert hopper_gated.choose_widths(token_tiles, num_out, NUM_PROGRAMS) == expected
 
 
+@pytest.mark.parametrize("num_programs", [20, NUM_PROGRAMS])
+def test_every_output_is_in_one_tile_of_a_program(num_programs) -> None:
+    """Full rounds but for the last, whose tiles are narrow; no program has two of those."""
+    found = set()
+    for num_out in (8, 96, 520, 3072, 9728, 14336):
+        for token_tiles in (*range(1, 12), 64):
+            sizes = token_tiles, num_out, num_programs
+            num_wide, width = hopper_gated.choose_widths(*sizes)
+            rest = num_out - 128 * num_wide
+            num_programs_used = hopper_gated.grid_size(*sizes)
+            assert 1 <= num_programs_used <= num_programs
+            if not width:
+                assert -128 < rest <= 0
+                continue
+            found.add(width)
+            assert rest > 0 and 0 < token_tiles * -(-rest // width) <= num_programs_used
+            full_rounds = -(-token_tiles * -(-num_out // 128) // num_programs) - 1
+            assert token_tiles * num_wide <= full_rounds * num_programs_used
+    assert found == {32, 64, 96}
+
+
+@pytest.mark.parametrize("width", [32, 64, 96])
+def test_pieces_that_are_multiplied_together_lie_together(width) -> None:
+    first = min(width, 64) // 32
+    places = {
+        (piece, is_up): int(hopper_gated.place_of(piece, is_up, width))
+        for piece in range(width // 32)
+        for is_up in (0, 1)
+    }
+    assert [places[piece, 0] for piece in range(first)] == list(range(first))
+    assert [places[piece, 1] for piece in range(first)] == list(range(first, 2 * first))
+    assert width < 96 or (places[2, 0], places[2, 1]) == (4, 5)
+
+
 def test_the_path_that_products_take(device, monkeypatch) -> None:
     """Many rows in half precision without a bias, of whole 16 bytes, a tested GPU: else cuBLAS and a second kernel."""
     taken = []

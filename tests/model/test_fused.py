@@ -29,6 +29,19 @@ def loaded(folder: Path) -> Transformer:
     return model
 
 
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is prepared for steps from now on."""
+    prepared: list[object] = []
+    prepare = gpu.prepare_step
+
+    def prepare_step(**inputs: Any) -> gpu.PreparedStep:
+        prepared.append(prepare(**inputs))
+        return prepared[-1]
+
+    monkeypatch.setattr(gpu, "prepare_step", prepare_step)
+    return prepared
+
+
 def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, oracle = tiny_checkpoint
     model = loaded(folder)
@@ -39,6 +52,7 @@ def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monk
     monkeypatch.setattr(
         DecoderLayer, "forward_fused", lambda self, *args: calls.append(len(args[0])) or forward(self, *args)
     )
+    prepared = preparations(monkeypatch)
     generator = torch.Generator().manual_seed(1)
     # Rows of a chunk are no decodes, and three rows are too many; the two steps between are fused.
     steps = [(17, 2, 1), (1, 1, 0), (0, 1, 0), (1, 1, 1)]
@@ -51,6 +65,7 @@ def test_fused_layers_equal_transformers(tiny_checkpoint: tuple[Path, Any], monk
         assert (logits - expected).abs().max() <= 1e-4
     num_layers = model.config.num_layers
     assert calls == [2] * num_layers + [1] * num_layers
+    assert len(prepared) == 2  # those that are not fused
 
 
 def test_rows_of_one_sequence_see_each_other(
@@ -73,10 +88,12 @@ def test_rows_of_one_sequence_see_each_other(
         max_query_len=1,
         shares_tables=True,
     )
+    prepared = preparations(monkeypatch)
     for other in ("fused_decode", "silu_mul"):  # what takes rows of different sequences, and what fuses nothing
         monkeypatch.setattr(gpu, other, None)
     with torch.no_grad():
         logits = model(as_rows, run.kv_cache, torch.arange(5))
+        assert len(prepared) == 1  # their attention is that of other steps
         expected = oracle(torch.tensor([sequence])).logits[0, 17:]
     assert (logits - expected).abs().max() <= 1e-4
 

@@ -75,6 +75,28 @@ def test_embedding_is_not_changed_by_a_pass() -> None:
     assert torch.equal(model.embedding.weight, before)
 
 
+def test_a_step_is_prepared_once_and_before_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only an ordinary kernel between, the embedding's, makes the kernels of a layer wait for it."""
+    calls: list[object] = []
+    prepare, attention = cpu.prepare_step, cpu.attention
+
+    def prepare_step(**inputs: Any) -> object:
+        calls.append(prepare(**inputs))
+        return calls[-1]
+
+    def attend(*args: Any, **inputs: Any) -> Tensor:
+        calls.append(inputs["prepared"])
+        return attention(*args, **inputs)
+
+    monkeypatch.setattr(cpu, "prepare_step", prepare_step)
+    monkeypatch.setattr(cpu, "attention", attend)
+    model = built(resolve("random:tiny-llama"), cpu)
+    model.embedding.register_forward_pre_hook(lambda module, inputs: calls.append("embedding"))
+    PagedRun(model, sequences_of(512)).step([5, 1, 0])
+    assert calls[1] == "embedding" and len(calls) == 2 + model.config.num_layers
+    assert all(prepared is calls[0] for prepared in calls[2:])
+
+
 class Ranks:
     """A tensor-parallel group of threads: collectives that wait for every rank."""
 
