@@ -34,7 +34,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from minillm.kernels.attention import LOG2_E, read_pages, read_tile
 from minillm.kernels.dealing import NUM_COLUMNS, Deal, segment_constants, segment_size
 
-__all__ = ["Parts", "can_overlap", "decode_attention", "merge_parts", "overlap_options"]
+__all__ = ["Parts", "can_overlap", "decode_attention", "head_constants", "merge_parts", "overlap_options"]
 
 MAX_SPLIT_TOKENS = 128
 """Most tokens of a step whose rows' heads are merged by a program each: of larger steps most have nothing to merge."""

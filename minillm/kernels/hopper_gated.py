@@ -50,8 +50,6 @@ PIECE = gl.constexpr(32)
 """Gates or ups that a narrow tile is copied by; it has one to three such pieces of each."""
 NEARBY = gl.constexpr(8)
 """Tiles of tokens that are done for one tile of outputs before the next: their inputs stay in the L2 cache."""
-
-
 NARROW_COST = {32: 0.3, 64: 0.5, 96: 0.85}
 """Outputs that the tiles of a narrow last round may have, fewest first, and its time over that of a full one (H200,
 llama-3.1-8b)."""
